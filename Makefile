@@ -1,0 +1,40 @@
+# Everything runs from .venv, which scripts/bootstrap.sh makes from the hash-locked requirements.txt.
+SHELL := /bin/bash
+BIN   := .venv/bin
+STAMP := .venv/.installed
+ARGS  ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast check lock clean
+
+help: ## list the targets; ARGS="..." is passed on to demo, test, test-fast and lock
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## make .venv, ready to use
+
+$(STAMP): requirements.txt pyproject.toml scripts/bootstrap.sh
+	@scripts/bootstrap.sh
+
+demo: $(STAMP) ## train the demo on this machine's CPU
+	$(BIN)/megatron-aspo train examples/demo_chain_sum.yaml $(ARGS)
+
+test: $(STAMP) ## run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP) ## run the tests that need one process and a few seconds
+	$(BIN)/python -m pytest -m "not distributed and not slow and not engines" $(ARGS)
+
+check: $(STAMP) ## lint, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+# The platform is fixed so that the lock is the same wherever it is made. ARGS=--upgrade moves the indirect pins.
+lock: ## resolve pyproject.toml into requirements.txt, with hashes
+	scripts/bootstrap.sh uv pip compile --quiet --extra dev pyproject.toml --generate-hashes --no-emit-index-url \
+	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+	  --custom-compile-command "make lock" --output-file requirements.txt $(ARGS)
+
+clean: ## remove what the other targets made here; results of training stay
+	rm -rf .venv .cache .pytest_cache .ruff_cache build dist
+	find megatron_aspo tests -name __pycache__ -prune -exec rm -rf {} +

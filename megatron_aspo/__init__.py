@@ -1,0 +1,3 @@
+"""megatron_aspo: Asymmetric Importance Sampling Policy Optimization on Megatron-Core."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,25 @@
+"""Group-relative advantages, and which groups carry a signal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_aspo.types import Sample
+
+EPSILON = 1e-6
+
+
+def fill_group_advantages(group: Sequence[Sample]) -> None:
+    """advantage = (R - mean R) / (std R + 1e-6), with the unbiased standard deviation (authors' recipe)."""
+    rewards = np.array([sample.reward for sample in group], dtype=np.float64)
+    centered = rewards - rewards.mean()
+    scaled = centered / (rewards.std(ddof=1) + EPSILON)
+    for sample, advantage in zip(group, scaled, strict=True):
+        sample.advantage = float(advantage)
+
+
+def has_signal(group: Sequence[Sample]) -> bool:
+    """Whether the rewards of a group differ; if not, every advantage is 0 and the group teaches nothing."""
+    return len({sample.reward for sample in group}) > 1

@@ -1,0 +1,100 @@
+"""The command line: `megatron-aspo train | eval | report`.
+
+Nothing heavy is imported before the configuration has been read and found sound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_aspo.config import RunConfig, check_world_size, load_config
+from megatron_aspo.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `megatron-aspo`."""
+    parser = _Parser(prog="megatron-aspo", description="ASPO reinforcement learning on Megatron-Core.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | report")
+    for name, help_text in (
+        ("train", "train a policy; starts the ranks of one host itself, or runs under torchrun"),
+        ("eval", "evaluate a checkpoint on the held-out prompts"),
+    ):
+        sub = commands.add_parser(name, help=help_text, description=help_text)
+        add_run_arguments(sub)
+        sub.add_argument("--nproc", type=int, help="ranks on this host (default: tensor x pipeline)")
+        if name == "eval":
+            sub.add_argument("--checkpoint", help="a step_... folder (default: the newest of the run)")
+    report = commands.add_parser("report", help="write report.html and report.png of a run")
+    report.add_argument("run_dir", type=Path, help="runs/<name>")
+
+    def run() -> int:
+        arguments = parser.parse_args(argv)
+        if arguments.command == "report":
+            from megatron_aspo.report import print_summary, write_report
+
+            paths = write_report(arguments.run_dir)
+            print_summary(arguments.run_dir)
+            print("\n".join(str(path) for path in paths))
+            return 0
+        return _run_ranks(arguments)
+
+    return exit_code(run)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which run is meant."""
+    parser.add_argument("config", help="YAML file; examples/ has ones that run")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
+    parser.add_argument("--resume", help='"auto", "never" or a checkpoint: short for checkpoint.resume=...')
+
+
+def parse_run_config(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration that the command line describes."""
+    overrides = list(arguments.overrides)
+    if arguments.resume is not None:
+        overrides.append(f"checkpoint.resume={arguments.resume}")
+    return load_config(arguments.config, overrides)
+
+
+def exit_code(action: Callable[[], int]) -> int:
+    """Run `action`; a UserError becomes one line on stderr (rank 0 speaks for all) and exit code 2."""
+    try:
+        return action()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron-aspo: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run_ranks(arguments: argparse.Namespace) -> int:
+    from megatron_aspo.launch import run_local
+
+    config = parse_run_config(arguments)
+    ranks = config.parallel.model_parallel_size if arguments.nproc is None else arguments.nproc
+    if ranks < 1:
+        raise UserError(f"--nproc={ranks} must be >= 1")
+    check_world_size(config, ranks)
+    rest = [arguments.config, *arguments.overrides]
+    rest += ["--resume", arguments.resume] if arguments.resume is not None else []
+    if arguments.command == "eval":
+        rest += ["--checkpoint", arguments.checkpoint] if arguments.checkpoint else []
+        return run_local("megatron_aspo.eval", rest, ranks)
+    return run_local("megatron_aspo.train", rest, ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,481 @@
+"""Everything a run can be told, as frozen dataclasses; imports neither torch nor Megatron.
+
+`load_config` reads a YAML file and dotted overrides (`loss.clip_high=0.28`) through OmegaConf, checks every
+type, refuses unknown keys with the nearest name, and checks what depends on several fields at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_aspo.errors import UserError
+
+Objective = Literal["aspo", "grpo", "no_is", "response_mean_is", "cispo", "gspo", "sapo"]
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """The policy loss. DAPO is `grpo` with `clip_high=0.28`; dual-clip PPO is `grpo` with `dual_clip`.
+
+    Attributes:
+        objective: which weight function of the importance ratio multiplies the advantage.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: the cap c of the (soft) dual clip, > 1; None turns it off. Used by aspo, grpo and
+            response_mean_is.
+        entropy_quantile: with a value q, tokens whose entropy exceeds the q-quantile of their response use
+            `high_entropy_clip` on both sides (the Archer2.0 recipe: 0.8 and 0.4).
+        aggregation: how per-token losses become one number. `seq-mean-token-sum-norm` divides every
+            response's sum by the constant `norm_length` (Dr. GRPO).
+        sapo_tau_pos, sapo_tau_neg: temperatures of SAPO's gate.
+        kl_coef, kl_estimator: coefficient and estimator of KL(policy || reference); needs `ref_logprobs`.
+        entropy_coef: coefficient of the entropy bonus; needs `entropy`.
+    """
+
+    objective: Objective = "aspo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = 3.0
+    entropy_quantile: float | None = None
+    high_entropy_clip: float = 0.4
+    aggregation: Aggregation = "token-mean"
+    norm_length: int | None = None
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    kl_coef: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("objective", "aggregation", "kl_estimator"):
+            allowed = typing.get_args(typing.get_type_hints(PolicyLossConfig)[name])
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        _require(0 <= self.clip_low < 1, f"clip_low={self.clip_low} must lie in [0, 1)")
+        _require(0 <= self.clip_high < math.inf, f"clip_high={self.clip_high} must be finite and >= 0")
+        _require(
+            self.dual_clip is None or self.dual_clip > 1,
+            f"dual_clip={self.dual_clip} must be > 1 (or null to turn it off)",
+        )
+        _require(
+            self.entropy_quantile is None or 0 <= self.entropy_quantile <= 1,
+            f"entropy_quantile={self.entropy_quantile} must lie in [0, 1]",
+        )
+        _require(
+            0 <= self.high_entropy_clip < 1, f"high_entropy_clip={self.high_entropy_clip} must lie in [0, 1)"
+        )
+        _require(self.sapo_tau_pos > 0 and self.sapo_tau_neg > 0, "sapo_tau_pos and sapo_tau_neg must be > 0")
+        _require(self.kl_coef >= 0, f"kl_coef={self.kl_coef} must be >= 0")
+        _require(self.norm_length is None or self.norm_length > 0, "norm_length must be > 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama architecture (RMSNorm, rotary embeddings, SwiGLU, grouped-query attention)."""
+
+    num_layers: int = 2
+    hidden_size: int = 64
+    ffn_hidden_size: int = 192
+    num_attention_heads: int = 4
+    num_query_groups: int = 2
+    max_sequence_length: int = 128
+    rotary_base: float = 10000.0
+    tie_embeddings: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        _require_positive(self, "num_query_groups", "max_sequence_length", "rotary_base")
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}",
+        )
+        _require(
+            self.num_attention_heads % self.num_query_groups == 0,
+            f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+            f"num_query_groups={self.num_query_groups}",
+        )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one replica of the model is spread over ranks; the data-parallel size is what is left of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "tensor", "pipeline")
+        _require(
+            not self.sequence_parallel or self.tensor > 1,
+            "sequence_parallel=true needs tensor > 1; set parallel.sequence_parallel=false",
+        )
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor * self.pipeline
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A procedural task of reasoning-gym, whose own verifier scores the answers.
+
+    Training prompts are drawn with `seed`, held-out prompts with `eval_seed`; an evaluation prompt never
+    occurs in training.
+    """
+
+    task: str = "chain_sum"
+    task_args: dict[str, Any] = field(default_factory=dict[str, Any])
+    prompt_template: str = "{question}\n"
+    seed: int = 0
+    eval_seed: int = 1_000_003
+    eval_prompts: int = 256
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "eval_prompts")
+        _require("{question}" in self.prompt_template, "prompt_template must contain {question}")
+        _require(self.seed != self.eval_seed, "seed and eval_seed must differ, or evaluation is not held out")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are sampled from the policy.
+
+    Attributes:
+        prompts_per_step: prompt groups that enter one training step.
+        responses_per_prompt: group size G.
+        temperature: 0 is greedy. The trainer's log-probs are those of the same tempered distribution.
+        top_p: nucleus sampling; log-probs stay those of the un-truncated distribution.
+        stop: strings that end a response (kept in it), besides the end-of-sequence token.
+        max_response_tokens: upper limit; a response cut there has finish_reason "length".
+        max_rounds: generation rounds per step that dynamic sampling may use to refill dropped groups.
+        dynamic_sampling: drop groups whose rewards are all equal, and refill.
+        batch_size: responses decoded at once on a rank.
+    """
+
+    prompts_per_step: int = 32
+    responses_per_prompt: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    max_response_tokens: int = 16
+    dynamic_sampling: bool = True
+    max_rounds: int = 4
+    batch_size: int = 512
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "prompts_per_step", "max_response_tokens", "max_rounds", "batch_size")
+        _require(
+            self.responses_per_prompt >= 2,
+            f"responses_per_prompt={self.responses_per_prompt} must be >= 2: "
+            "group-relative advantages need a group",
+        )
+        _require(
+            self.temperature > 0, f"temperature={self.temperature} must be > 0 for training (evaluation is greedy)"
+        )
+        _require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]")
+        _require(all(self.stop), "stop must not contain an empty string")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One step: a rollout batch, then `epochs` passes over its mini-batches, one optimizer update each.
+
+    Attributes:
+        mini_batch_prompts: prompt groups per optimizer update.
+        max_tokens_per_micro_batch: upper limit of a packed stream's length.
+        packing: False gives every sample a micro-batch row of its own.
+        ratio_tolerance: the importance ratio must be 1 on the first mini-batch of a step; a warning tells
+            when max |log r| exceeds this there.
+    """
+
+    steps: int = 100
+    mini_batch_prompts: int = 8
+    epochs: int = 3
+    max_tokens_per_micro_batch: int = 4096
+    packing: bool = True
+    ratio_tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "mini_batch_prompts", "epochs", "max_tokens_per_micro_batch", "ratio_tolerance")
+        _require(self.steps >= 0, f"steps={self.steps} must be >= 0")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up to a constant learning rate (the paper's recipe: 1e-6 after 10 steps)."""
+
+    lr: float = 1e-6
+    lr_warmup_updates: int = 10
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "lr", "adam_eps")
+        _require(self.lr_warmup_updates >= 0, "lr_warmup_updates must be >= 0")
+        _require(self.weight_decay >= 0 and self.clip_grad >= 0, "weight_decay and clip_grad must be >= 0")
+        _require(
+            0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1, "adam_beta1 and adam_beta2 must lie in [0, 1)"
+        )
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """Supervised warm-up of a model that starts from random weights, through the same training step.
+
+    It imitates a pre-training corpus: `wrong_fraction` of the demonstrations carry another problem's answer.
+    Its result is cached under `cache_dir`, keyed by everything that went into it.
+    """
+
+    updates: int = 0
+    batch_prompts: int = 128
+    lr: float = 3e-3
+    wrong_fraction: float = 0.6
+    cache_dir: str = "runs/cache"
+
+    def __post_init__(self) -> None:
+        _require(self.updates >= 0, f"updates={self.updates} must be >= 0")
+        _require_positive(self, "batch_prompts", "lr")
+        _require(0 <= self.wrong_fraction < 1, f"wrong_fraction={self.wrong_fraction} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints in `runs/<name>/checkpoints`.
+
+    Attributes:
+        every: steps between checkpoints; 0 saves only the last.
+        keep: how many of the newest to keep; 0 keeps all.
+        resume: "never" refuses a run directory that has checkpoints; "auto" continues from the newest
+            complete one, or starts anew where there is none; anything else is the path of a checkpoint.
+    """
+
+    every: int = 25
+    keep: int = 2
+    resume: str = "never"
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0 and self.keep >= 0, "every and keep must be >= 0")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Greedy evaluation on the held-out prompts; `every=0` evaluates only before and after training."""
+
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "every must be >= 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    name: str
+    output_dir: str = "runs"
+    seed: int = 1
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name not in ("", ".", "..") and "/" not in self.name, f"name={self.name!r} must be a folder's name"
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates per rollout batch: mini-batches x epochs."""
+        return math.ceil(self.rollout.prompts_per_step / self.train.mini_batch_prompts) * self.train.epochs
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `a.b=c` overrides in order, validate.
+
+    Raises:
+        UserError: a missing or unreadable file, an unknown key, a value of the wrong type or out of range,
+            or fields that contradict each other.
+    """
+    from omegaconf import OmegaConf  # imported here so that the loss library needs torch alone
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not Path(path).is_file():
+        raise UserError(f"no configuration file at {path}; see examples/ for ones that run")
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"override {override!r} is not of the form section.field=value")
+    try:
+        loaded = OmegaConf.load(path)
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}; fix the YAML or the override") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a mapping of sections; see examples/ for ones that run")
+    config = _from_mapping(RunConfig, typing.cast("Mapping[str, Any]", values), "")
+    config = _fill_dependent(config)
+    _check_together(config)
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain containers, fit for YAML or JSON."""
+    return asdict(config)
+
+
+def config_warnings(config: RunConfig) -> list[str]:
+    """What is allowed but probably not meant, a line each."""
+    warnings: list[str] = []
+    if config.updates_per_step == 1:
+        warnings.append(
+            f"{config.loss.objective.upper()} is inert: one optimizer update per rollout batch, so every importance "
+            "ratio is 1 and all objectives have the same gradient; lower train.mini_batch_prompts or raise "
+            "train.epochs"
+        )
+    if config.rollout.top_p < 1:
+        warnings.append(
+            f"rollout.top_p={config.rollout.top_p} truncates the sampler's distribution, the trainer's log-probs are "
+            "of the whole one: the importance ratio then corrects for the wrong policy; top_p=1 is exact"
+        )
+    return warnings
+
+
+def check_world_size(config: RunConfig, world_size: int) -> None:
+    """Raise UserError unless `world_size` ranks can hold the configured layout."""
+    size = config.parallel.model_parallel_size
+    if world_size % size:
+        raise UserError(
+            f"{world_size} rank(s) cannot hold parallel.tensor={config.parallel.tensor} x "
+            f"parallel.pipeline={config.parallel.pipeline}; start a multiple of {size} ranks"
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be > 0")
+
+
+def _from_mapping(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
+    """Build the dataclass `cls` from plain containers; `prefix` is the dotted path of errors."""
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(known)}"
+            raise UserError(f"unknown setting {prefix}{key}{hint}")
+    arguments = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()}
+    try:
+        return cls(**arguments)
+    except TypeError:
+        raise UserError(f"{prefix}name is missing; add a line 'name: my-run'") from None
+    except ValueError as error:
+        raise UserError(f"{prefix.rstrip('.') + ': ' if prefix else ''}{error}") from None
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as an instance of the annotation `hint`, or UserError. An int serves where a float is asked."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{path}={value!r} should be a section with fields of its own")
+        return _from_mapping(typing.cast("type[Any]", hint), typing.cast("Mapping[str, Any]", value), f"{path}.")
+    if origin is types.UnionType:  # the only unions here are `X | None`
+        return None if value is None else _convert(arguments[0], value, path)
+    if origin is Literal:
+        if value not in arguments:
+            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+            hint_text = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{path}={value!r} is not one of {', '.join(map(str, arguments))}{hint_text}")
+        return value
+    if origin is tuple:
+        items = typing.cast("list[Any]", value) if isinstance(value, list) else None
+        if items is None or not all(isinstance(item, str) for item in items):
+            raise UserError(f"{path}={value!r} should be a list of strings")
+        return tuple(items)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{path}={value!r} should be a mapping")
+        return typing.cast("dict[str, Any]", value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
+        try:
+            return float(value)
+        except ValueError:
+            raise UserError(f"{path}={value!r} should be a number") from None
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise UserError(f"{path}={value!r} should be {names.get(hint, hint)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path}={value!r} should be a finite number")
+    return value
+
+
+def _fill_dependent(config: RunConfig) -> RunConfig:
+    if config.loss.aggregation == "seq-mean-token-sum-norm" and config.loss.norm_length is None:
+        return replace(config, loss=replace(config.loss, norm_length=config.rollout.max_response_tokens))
+    return config
+
+
+def _check_together(config: RunConfig) -> None:
+    """What depends on several fields at once."""
+    model, parallel, rollout, train = config.model, config.parallel, config.rollout, config.train
+    for what in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if getattr(model, what) % parallel.tensor:
+            raise UserError(
+                f"model.{what}={getattr(model, what)} is not a multiple of parallel.tensor={parallel.tensor}"
+                "; change one of them"
+            )
+    if model.num_layers % parallel.pipeline:
+        raise UserError(
+            f"model.num_layers={model.num_layers} is not a multiple of parallel.pipeline={parallel.pipeline}"
+            "; change one of them"
+        )
+    if train.mini_batch_prompts > rollout.prompts_per_step:
+        raise UserError(
+            f"train.mini_batch_prompts={train.mini_batch_prompts} exceeds "
+            f"rollout.prompts_per_step={rollout.prompts_per_step}; lower the first or raise the second"
+        )
+    if rollout.max_response_tokens >= model.max_sequence_length:
+        raise UserError(
+            f"rollout.max_response_tokens={rollout.max_response_tokens} leaves no room for a prompt in "
+            f"model.max_sequence_length={model.max_sequence_length}; lower the first or raise the second"
+        )
+    if train.max_tokens_per_micro_batch < model.max_sequence_length:
+        raise UserError(
+            f"train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} is less than "
+            f"model.max_sequence_length={model.max_sequence_length}: a long sample would fit nowhere; raise it"
+        )

@@ -1,0 +1,82 @@
+"""Ranks on this host: start them, join them, end them together."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+_PR_SET_PDEATHSIG = 1
+
+
+def run_local(module: str, arguments: list[str], ranks: int) -> int:
+    """Run `python -m module arguments` as `ranks` processes with torch.distributed's environment.
+
+    Returns 0 when all succeed, else the exit code of the first rank that failed (1 for a signal); the others are
+    ended. If this process dies, whatever the cause, its ranks die too: none goes on writing behind the back
+    of a resumed run.
+    """
+    port = _free_port()
+    cores = len(os.sched_getaffinity(0))
+    processes: list[subprocess.Popen[bytes]] = []
+    for rank in range(ranks):
+        environment = {
+            "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, "-m", module, *arguments]
+        processes.append(subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent))
+    try:
+        return _join(processes)
+    finally:
+        _end(processes)
+
+
+def _join(processes: list[subprocess.Popen[bytes]]) -> int:
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [(rank, code) for rank, code in enumerate(codes) if code]
+        if failed:
+            rank, code = failed[0]
+            if code < 0:
+                name = signal.Signals(-code).name
+                print(f"megatron-aspo: rank {rank} was ended by {name}; the others are stopped too. "
+                      "Continue from the last checkpoint with --resume auto", file=sys.stderr)  # fmt: skip
+                return 1
+            return code
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,1 @@
+"""The policy: model, optimizer, checkpoints. The only room that reads Megatron's parallel state."""

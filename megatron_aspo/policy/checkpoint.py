@@ -1,0 +1,231 @@
+"""Checkpoints with Megatron's dist_checkpointing: written at one layout, read at any other.
+
+A checkpoint is a folder `step_000025`: `meta.json` (step, data position, ...), the model's and optimizer's
+shards, and `rng/`, the random states of every rank. It is written under another name and renamed when complete,
+so that a half-written one is never picked up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_aspo.errors import UserError
+from megatron_aspo.policy.trainer import Policy
+
+_PREFIX = "step_"
+_PARTIAL = ".partial"
+# The one format of the distributed optimizer that can be read at another layout.
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save(root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int = 0) -> Path:
+    """Write `root/step_<step>` and delete all but the `keep` newest (0 keeps all). Collective.
+
+    Args:
+        state: JSON-serialisable, the same on every rank; `load` returns it.
+    """
+    final = root / f"{_PREFIX}{step:06d}"
+    partial = root / (final.name + _PARTIAL)
+    _on_rank_0(lambda: _fresh_folder(partial))
+    torch.save(_rng_state(), partial / "rng" / f"rank{dist.get_rank():05d}.pt")
+    _save_sharded(_sharded_state(policy, with_optimizer=True), partial)
+    meta = {
+        "step": step,
+        "updates": policy.updates,
+        "model": dataclasses.asdict(policy.config.model),
+        "layout": _layout(policy),
+        "state": state,
+    }
+
+    def publish() -> None:
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        for old in list_checkpoints(root)[:-keep] if keep else []:
+            shutil.rmtree(old)
+
+    dist.barrier()
+    _on_rank_0(publish)
+    return final
+
+
+def load(path: Path, policy: Policy) -> tuple[int, dict[str, Any]]:
+    """Read model, optimizer, schedule and random states into `policy`; return (step, state). Collective.
+
+    Hyper-parameters (learning rate, weight decay, ...) are the configuration's, not the checkpoint's. Random
+    states are restored when the layout is the one that wrote them.
+
+    Raises:
+        UserError: no complete checkpoint at `path`, or one of another model.
+    """
+    meta = _read_meta(path, policy)
+    loaded = _load_sharded(_sharded_state(policy, with_optimizer=True, is_loading=True), path)
+    policy.model.module.load_state_dict(loaded["model"])
+    _load_optimizer(policy, loaded["optimizer"])
+    policy.scheduler.step(meta["updates"])
+    policy.updates = meta["updates"]
+    if meta["layout"] == _layout(policy):
+        _set_rng_state(torch.load(path / "rng" / f"rank{dist.get_rank():05d}.pt", weights_only=False))
+    return meta["step"], meta["state"]
+
+
+def save_weights(path: Path, policy: Policy) -> None:
+    """Write the model alone, atomically. Collective."""
+    partial = path.with_name(path.name + _PARTIAL)
+    _on_rank_0(lambda: _fresh_folder(partial))
+    _save_sharded(_sharded_state(policy, with_optimizer=False), partial)
+    meta = {"model": dataclasses.asdict(policy.config.model)}
+
+    def publish() -> None:
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+
+    dist.barrier()
+    _on_rank_0(publish)
+
+
+def load_weights(path: Path, policy: Policy) -> None:
+    """Read the model alone, from a checkpoint or from what `save_weights` wrote; the optimizer takes the weights
+    over. Collective."""
+    _read_meta(path, policy)
+    loaded = _load_sharded(_sharded_state(policy, with_optimizer=False), path)
+    policy.model.module.load_state_dict(loaded["model"])
+    policy.optimizer.reload_model_params()
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints under `root`, oldest first."""
+    return sorted(p for p in root.glob(f"{_PREFIX}*") if p.suffix != _PARTIAL and (p / "meta.json").is_file())
+
+
+def step_of(path: Path) -> int:
+    """The step a checkpoint was written at."""
+    if not (path / "meta.json").is_file():
+        raise UserError(f"{path} is not a complete checkpoint; give the path of a step_... folder")
+    return int(json.loads((path / "meta.json").read_text())["step"])
+
+
+def _read_meta(path: Path, policy: Policy) -> dict[str, Any]:
+    if not (path / "meta.json").is_file():
+        raise UserError(f"{path} is not a complete checkpoint; give the path of a step_... folder")
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+    except ValueError:
+        raise UserError(f"{path}/meta.json is damaged; delete the folder and resume from an older one") from None
+    ours = dataclasses.asdict(policy.config.model)
+    different = [key for key in ours if meta["model"].get(key) != ours[key]]
+    if different:
+        raise UserError(
+            f"{path} was written by another model: {', '.join(f'{k}={meta["model"].get(k)}' for k in different)}, "
+            f"here {', '.join(f'{k}={ours[k]}' for k in different)}; use its configuration or another run name"
+        )
+    return meta
+
+
+def _sharded_state(policy: Policy, with_optimizer: bool, is_loading: bool = False) -> dict[str, Any]:
+    # The state of the unwrapped model: DistributedDataParallel would prefix the names on one side only.
+    model = policy.model.module.sharded_state_dict()
+    state: dict[str, Any] = {"model": model}
+    if with_optimizer:
+        for optimizer in _optimizers(policy) if is_loading else []:
+            # Loading copies into existing moments; without a step taken there are none yet.
+            optimizer._init_optimizer_states_with_dummy_values()
+        state["optimizer"] = policy.optimizer.sharded_state_dict(
+            dict(model), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
+        )
+    return state
+
+
+def _save_sharded(state: dict[str, Any], path: Path) -> None:
+    dist_checkpointing.save(state, str(path), async_strategy="mcore")
+
+
+def _load_sharded(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(path))
+    except (dist_checkpointing.core.CheckpointingException, OSError, EOFError) as error:
+        raise UserError(f"cannot read checkpoint {path}: {error}; resume from an older one") from None
+
+
+def _load_optimizer(policy: Policy, state: dict[str, Any]) -> None:
+    """What `DistributedOptimizer.load_state_dict` should do when neither TE nor apex is there.
+
+    Without them torch's AdamW keeps a `step` tensor per parameter. Megatron-Core 0.19.2 restores one tensor that
+    all parameters share (each parameter's update then advances it, and the bias correction runs away), and its
+    copy of the moments stumbles over `step` being there. So the moments are loaded while `step` is away, and
+    every parameter gets a copy of its own.
+    """
+    optimizers = _optimizers(policy)
+    states = [state] if len(optimizers) == 1 else [state[i] for i in range(len(optimizers))]
+    for optimizer, part in zip(optimizers, states, strict=True):
+        ours = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
+        moments = part.pop("param_state")
+        part.pop("param_state_sharding_type")
+        optimizer.load_state_dict(part)
+        per_parameter = optimizer.optimizer.state.values()
+        steps = [s.pop("step", None) for s in per_parameter]
+        optimizer.load_parameter_state_from_fully_reshardable(moments)
+        for s, step in zip(per_parameter, steps, strict=True):
+            if step is not None:
+                s["step"] = step.clone()
+        for group, hyper_parameters in zip(optimizer.param_groups, ours, strict=True):
+            group.update(hyper_parameters)
+
+
+def _optimizers(policy: Policy) -> Sequence[Any]:
+    return getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+
+
+def _rng_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),  # the CPU generator's where there is no GPU
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _layout(policy: Policy) -> dict[str, int]:
+    parallel = policy.config.parallel
+    return {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "data": policy.dp_size}
+
+
+def _fresh_folder(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+    (path / "rng").mkdir(parents=True)
+
+
+def _on_rank_0(action: Any) -> None:
+    if dist.get_rank() == 0:
+        action()
+    dist.barrier()

@@ -1,0 +1,191 @@
+"""Lets Megatron-Core run on a host without a GPU, over gloo; the only place that patches anything.
+
+Megatron-Core names CUDA in four ways, and each has its answer here:
+
+- factory calls with `device="cuda"`, and `Tensor.type()` compared with "torch.cuda.FloatTensor": a
+  TorchFunctionMode rewrites both;
+- functions of `torch.cuda` (streams, events, RNG state, synchronisation): replaced by ones that do what is
+  right on one synchronous device;
+- its own RNG tracker, which calls into CUDA's generators: mapped to the CPU generator;
+- layers that exist for GPUs only: a norm that knows sequence parallelism, attention over packed streams.
+
+Nothing happens when CUDA is available.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_active: list[TorchFunctionMode] = []
+
+
+def enable() -> bool:
+    """Make Megatron-Core run on CPU if there is no CUDA. Idempotent; returns whether the CPU is used."""
+    if torch.cuda.is_available():
+        return False
+    if not _active:
+        _replace_cuda_functions()
+        mode = _CudaMeansCpu()
+        mode.__enter__()
+        _active.append(mode)
+    return True
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Sends tensors meant for "cuda" to the CPU, and lets CPU tensors pass Megatron's tests of type names."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        elif func is torch.Tensor.to and any(_is_cuda(a) for a in args[1:]):
+            args = (args[0], *("cpu" if _is_cuda(a) else a for a in args[1:]))
+        elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return "torch.cuda." + func(*args).removeprefix("torch.")
+        return func(*args, **(kwargs or {}))
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _SynchronousStream:
+    """Stands for a CUDA stream or event on a device where everything is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
+
+    def record_event(self, event: Any = None) -> _SynchronousStream:
+        return self
+
+    def query(self) -> bool:
+        return True
+
+
+def _replace_cuda_functions() -> None:
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def get_rng_state(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state: Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(new_state)
+
+    replacements: dict[str, Any] = {
+        "current_device": lambda: torch.device("cpu"),
+        "current_stream": _SynchronousStream,
+        "default_stream": _SynchronousStream,
+        "Stream": _SynchronousStream,
+        "Event": _SynchronousStream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": get_rng_state,
+        "set_rng_state": set_rng_state,
+        "synchronize": nothing,
+        "set_device": nothing,
+        "empty_cache": nothing,
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    setattr(mcore_random, "_get_cuda_rng_state", get_rng_state)  # noqa: B010  (private names of another library)
+    setattr(mcore_random, "_set_cuda_rng_state", set_rng_state)  # noqa: B010
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm behind Megatron's constructor, and usable with sequence parallelism.
+
+    Under sequence parallelism each rank sees its share of the positions only, so the weight's gradient must be
+    summed over the tensor-parallel group; Megatron does that for parameters that carry the attribute.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention over packed streams (THD) and over batches (SBHD), in plain torch.
+
+    A stream is unfolded to [segments, heads, longest segment, dim], so that work grows with the square of the
+    segments' length and not of the stream's; no [T, T] mask exists.
+    """
+
+    def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        assert config.context_parallel_size == 1, "context parallelism needs Transformer Engine's attention"
+        assert config.attention_dropout == 0, "PackedAttention has no dropout"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        """[T, h, d] with `packed_seq_params`, else [s, b, h, d] -> [T, h d] or [s, b, h d].
+
+        In a batch the last query stands at the last key, as it does with a key-value cache.
+        """
+        assert attention_mask is None, "the mask is given by cu_seqlens, or causal"
+        if packed_seq_params is None:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            out = _causal_attention(q, k, v, self.softmax_scale)
+            return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+        unfold, fold = _segment_indices(packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q)
+        # Slots past a segment's end repeat its stream's first token: causality keeps them from being seen.
+        q, k, v = (x[unfold].transpose(1, 2) for x in (query, key, value))
+        out = _causal_attention(q, k, v, self.softmax_scale).transpose(1, 2)
+        return out.reshape(-1, *out.shape[2:])[fold].flatten(1)
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    queries, keys = q.shape[2], k.shape[2]
+    if queries == 1:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+    if queries == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+
+
+def _segment_indices(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """Gather indices stream -> [segments, max_seqlen], and flat ones back."""
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    offset = torch.arange(max_seqlen)
+    inside = offset < lengths[:, None]
+    return torch.where(inside, starts[:, None] + offset, 0), inside.flatten().nonzero()[:, 0]
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Leave the function mode for a while, for libraries that should see torch as it is."""
+    if not _active:
+        yield
+        return
+    _active[-1].__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        _active[-1].__enter__()

@@ -1,0 +1,139 @@
+"""From a configuration to Megatron-Core's GPTModel; the one factory of models."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_aspo.config import ModelConfig, ParallelConfig
+from megatron_aspo.errors import UserError
+from megatron_aspo.policy import cpu
+from megatron_aspo.types import MicroBatch
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def initialize_parallel(config: ParallelConfig, seed: int) -> None:
+    """Megatron's process groups and per-rank seeds; torch.distributed must be initialised.
+
+    The data-parallel size is what is left of the world.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor, pipeline_model_parallel_size=config.pipeline
+    )
+    # Stages of a pipeline hold different layers and must not draw the same weights.
+    model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+
+
+def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> DistributedDataParallel:
+    """This rank's part of the model, with random weights, wrapped for data parallelism.
+
+    With `use_cpu_initialization` the whole weight is drawn before it is cut, so that the weights do not depend
+    on the tensor-parallel size.
+    """
+    # GPTModel warns of its successor, HybridModel, whose specs need Transformer Engine.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    transformer = transformer_config(config, parallel)
+    model: torch.nn.Module = GPTModel(
+        config=transformer,
+        transformer_layer_spec=_block_spec(transformer),  # type: ignore[arg-type]  (a block's is taken too)
+        vocab_size=vocab_size,
+        max_sequence_length=config.max_sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,  # type: ignore[arg-type]  (an int in the annotation only)
+        share_embeddings_and_output_weights=config.tie_embeddings,
+        parallel_output=True,
+    )
+    if torch.cuda.is_available():
+        model = model.cuda()
+    if transformer.bf16:
+        model = Float16Module(transformer, model)
+    ddp = DistributedDataParallel(
+        transformer,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        model,
+    )
+    ddp.broadcast_params()
+    return ddp
+
+
+def transformer_config(config: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """Megatron's configuration. Fusions that need Transformer Engine or apex are off where there is no GPU."""
+    on_gpu = torch.cuda.is_available()
+    dtype = _DTYPES[config.dtype]
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=True,
+        calculate_per_token_loss=True,
+        bias_activation_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def model_inputs(batch: MicroBatch) -> dict[str, Any]:
+    """The keyword arguments of the model's forward pass for a packed stream (THD: batch dimension 1)."""
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+    return {
+        "input_ids": batch.tokens[None],
+        "position_ids": batch.position_ids[None],
+        "attention_mask": None,
+        "packed_seq_params": packed,
+    }
+
+
+def _block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """Transformer Engine's layers on a GPU; on CPU Megatron's own, with the norm and attention of `cpu`."""
+    if torch.cuda.is_available():
+        if importlib.util.find_spec("transformer_engine") is None:
+            raise UserError(
+                "packed sequences on a GPU need Transformer Engine; install it with pip install 'megatron-aspo[gpu]'"
+            )
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer: Any = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = cpu.RMSNorm
+    layer.self_attention.submodules.core_attention = cpu.PackedAttention
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=cpu.RMSNorm
+    )

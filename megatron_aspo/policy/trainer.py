@@ -1,0 +1,236 @@
+"""The policy that is being trained: model, optimizer, learning-rate schedule, and what is done with them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_aspo.config import OptimizerConfig, PolicyLossConfig, RunConfig
+from megatron_aspo.loss import megatron_loss_func, vocab_parallel_logprobs
+from megatron_aspo.packing import pack
+from megatron_aspo.policy.model import build_model, initialize_parallel, model_inputs
+from megatron_aspo.types import MicroBatch, Sample
+
+_NEVER_DECAY = 1 << 62
+"""The learning rate is constant after its warm-up; the scheduler wants an end that never comes."""
+
+
+@dataclass
+class UpdateMetrics:
+    """Sums and counts of one or more updates, local until `reduce`.
+
+    Attributes:
+        sums: name -> [2] float64, (sum, count).
+        first_log_ratio: max |log r| of the first update added; 0 unless trainer and rollout weights differ.
+        grad_norms: one per update, before clipping.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    first_log_ratio: Tensor | None = None
+    grad_norms: list[float] = field(default_factory=list[float])
+
+    def add(self, reported: Sequence[dict[str, Any]], grad_norm: float) -> None:
+        """Add what `megatron_loss_func` returned for the micro-batches of one update."""
+        for one in reported:
+            for name, pair in one["metrics"].items():
+                values = torch.stack([value.double() for value in pair])
+                self.sums[name] = self.sums[name] + values if name in self.sums else values
+        if not self.grad_norms and reported:
+            self.first_log_ratio = torch.stack([one["max_abs_log_ratio"] for one in reported]).amax().double()
+        self.grad_norms.append(grad_norm)
+
+    def reduce(self) -> dict[str, float]:
+        """Means over all tokens of all ranks, the same on every rank: one reduction over data-parallel ranks on
+        the last pipeline stage, then handed to the other stages."""
+        means: dict[str, float] = {}
+        if parallel_state.is_pipeline_last_stage() and self.sums:
+            assert self.first_log_ratio is not None
+            table = torch.stack(list(self.sums.values()))
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            dist.all_reduce(table, group=group)
+            dist.all_reduce(self.first_log_ratio, op=dist.ReduceOp.MAX, group=group)
+            means = {
+                name: float(total / count)
+                for name, (total, count) in zip(self.sums, table.tolist(), strict=True)
+                if count
+            }
+            means["log_ratio_max_first"] = float(self.first_log_ratio)
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            carrier = [means]
+            dist.broadcast_object_list(
+                carrier,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+            means = carrier[0]
+        if self.grad_norms:
+            means["grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
+        return means
+
+
+class Policy:
+    """This rank's part of the model with its optimizer; the same calls must be made on every rank, in order."""
+
+    def __init__(self, config: RunConfig, vocab_size: int) -> None:
+        initialize_parallel(config.parallel, config.seed)
+        self.config = config
+        self.model = build_model(config.model, config.parallel, vocab_size)
+        self.model.config.finalize_model_grads_func = finalize_model_grads
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.dp_size = parallel_state.get_data_parallel_world_size()
+        self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        self.device = next(self.model.parameters()).device
+        self.updates = 0
+        self.reset_optimizer(config.optimizer)
+        self._reference: list[Tensor] | None = None
+
+    def reset_optimizer(self, config: OptimizerConfig) -> None:
+        """A fresh optimizer and learning-rate schedule, as after the supervised warm-up."""
+        model = self.config.model
+        self.optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.adam_beta1,
+                adam_beta2=config.adam_beta2,
+                adam_eps=config.adam_eps,
+                clip_grad=config.clip_grad,
+                bf16=model.dtype == "bfloat16",
+                params_dtype=self.model.config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self.model],
+        )
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.lr,
+            lr_warmup_steps=config.lr_warmup_updates,
+            lr_decay_steps=_NEVER_DECAY,
+            lr_decay_style="constant",
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        self.scheduler.step(1)  # the first update has lr / warm-up updates, not 0
+        self.updates = 0
+
+    def pack(self, samples: Sequence[Sample]) -> list[MicroBatch]:
+        """This rank's micro-batches of a mini-batch; see `packing.pack`."""
+        parallel, train = self.config.parallel, self.config.train
+        return pack(
+            samples,
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+            max_tokens=train.max_tokens_per_micro_batch,
+            multiple=parallel.tensor if parallel.sequence_parallel else 1,
+            one_per_row=not train.packing,
+            equal_length=parallel.pipeline > 1,
+            device=self.device,
+        )
+
+    @torch.no_grad()
+    def fill_logprobs(self, batches: Sequence[MicroBatch], name: Literal["old_logprobs", "ref_logprobs"]) -> None:
+        """Set `old_logprobs` or `ref_logprobs` of every micro-batch, on the last pipeline stage."""
+        weights = self._reference_weights() if name == "ref_logprobs" else contextlib.nullcontext()
+        with weights:
+            results = self._forward_backward(batches, self._logprobs_step, forward_only=True)
+        if self.is_last_stage:
+            for batch, result in zip(batches, results, strict=True):
+                setattr(batch, name, result["logprobs"])
+
+    def train_step(self, batches: Sequence[MicroBatch], loss: PolicyLossConfig, metrics: UpdateMetrics) -> None:
+        """One optimizer update on a mini-batch; adds what it saw to `metrics`."""
+        self.optimizer.zero_grad()
+        self.model.zero_grad_buffer()
+        reported = self._forward_backward(batches, partial(self._loss_step, loss), forward_only=False)
+        updated, grad_norm, _ = self.optimizer.step()
+        if updated:
+            self.scheduler.step(1)
+            self.updates += 1
+        metrics.add(reported, float(grad_norm or 0.0))
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def keep_reference(self) -> None:
+        """Make the current weights the reference policy of the KL term."""
+        self._reference = [parameter.detach().clone().cpu() for parameter in self.model.parameters()]
+
+    @contextlib.contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """The reference policy's weights in place of the current ones."""
+        assert self._reference is not None, "keep_reference was not called"
+        current = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self._assign(self._reference)
+        try:
+            yield
+        finally:
+            self._assign(current)
+
+    @torch.no_grad()
+    def _assign(self, weights: Sequence[Tensor]) -> None:
+        for parameter, weight in zip(self.model.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+
+    def _forward_backward(self, batches: Sequence[MicroBatch], step: Any, forward_only: bool) -> list[dict[str, Any]]:
+        self.model.train(not forward_only)
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(batches),
+            model=[self.model],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.numel(),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _loss_step(self, loss: PolicyLossConfig, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        return model(**model_inputs(batch)), partial(
+            megatron_loss_func,
+            targets=batch.labels[None],
+            old_logprobs=_row(batch.old_logprobs),
+            advantages=batch.advantages[None],
+            loss_mask=batch.loss_mask[None],
+            config=loss,
+            tp_group=self.tp_group,
+            ref_logprobs=_row(batch.ref_logprobs),
+            rollout_logprobs=_row(batch.rollout_logprobs),
+            sequence_ids=batch.sequence_ids[None],
+            temperature=self.config.rollout.temperature,
+        )
+
+    def _logprobs_step(self, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+        batch = next(batches)
+
+        def logprobs_of(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            logprobs, _ = vocab_parallel_logprobs(
+                logits[0], batch.labels, self.tp_group, False, temperature=self.config.rollout.temperature
+            )
+            return logits.new_zeros(()), batch.loss_mask.sum().int(), {"logprobs": logprobs}
+
+        return model(**model_inputs(batch)), logprobs_of
+
+
+def _row(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values[None]

@@ -1,0 +1,1 @@
+"""Verifiers: from a response's text to a reward."""

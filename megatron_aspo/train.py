@@ -1,0 +1,187 @@
+"""The training loop. `torchrun --nproc-per-node N -m megatron_aspo.train CONFIG.yaml [a.b=c ...]`"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_aspo.advantages import fill_group_advantages, has_signal
+from megatron_aspo.config import RunConfig, config_warnings
+from megatron_aspo.data import ReasoningGymPrompts
+from megatron_aspo.distributed import distributed
+from megatron_aspo.errors import UserError
+from megatron_aspo.evaluation import evaluate
+from megatron_aspo.journal import Clock, Journal
+from megatron_aspo.metrics import sample_metrics
+from megatron_aspo.policy import checkpoint
+from megatron_aspo.policy.trainer import Policy, UpdateMetrics
+from megatron_aspo.rewards.reasoning_gym import score
+from megatron_aspo.rollout.megatron import EmbeddedEngine
+from megatron_aspo.tokenizer import AsciiTokenizer
+from megatron_aspo.types import MicroBatch, Sample
+from megatron_aspo.warmup import warm_up
+
+
+def train(config: RunConfig, argv: list[str]) -> None:
+    """Run `config.train.steps` steps of ASPO: sample, score, compare within groups, update, and again."""
+    resume_from = find_resume(config)
+    resume_step = checkpoint.step_of(resume_from) if resume_from else None
+    tokenizer = AsciiTokenizer()
+    prompts = ReasoningGymPrompts(
+        config.data, tokenizer, config.model.max_sequence_length - config.rollout.max_response_tokens
+    )
+    policy = Policy(config, tokenizer.vocab_size)
+    engine = EmbeddedEngine(policy, config.rollout, tokenizer, config.seed)
+    steps = config.train.steps
+
+    with Journal(config, argv, resume_step, dist.get_rank() == 0) as journal:
+        if config.warmup.updates and (resume_from is None or config.loss.kl_coef):
+            warm_up(policy, prompts, config, journal)
+        if config.loss.kl_coef:
+            policy.keep_reference()
+        if resume_from:
+            _, state = checkpoint.load(resume_from, policy)
+            prompts.load_state_dict(state["prompts"])
+        else:
+            journal.record("eval", 0, steps, evaluate(engine, prompts))
+
+        for step in range((resume_step or 0) + 1, steps + 1):
+            clock = Clock()
+            groups, values = sample_groups(engine, prompts, config, clock)
+            mini_batches = [policy.pack(samples) for samples in split_into_mini_batches(groups, config)]
+
+            with clock("old_logprobs"):
+                for mini_batch in mini_batches:
+                    policy.fill_logprobs(mini_batch, "old_logprobs")
+                    if config.loss.kl_coef:
+                        policy.fill_logprobs(mini_batch, "ref_logprobs")
+
+            values["optimizer/lr"] = policy.learning_rate
+            with clock("update"):
+                values |= update(policy, mini_batches, config)
+
+            if step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                with clock("checkpoint"):
+                    state = {"prompts": prompts.state_dict()}
+                    checkpoint.save(config.run_dir / "checkpoints", step, policy, state, config.checkpoint.keep)
+            evaluated = None
+            if step == steps or (config.eval.every and step % config.eval.every == 0):
+                with clock("eval"):
+                    evaluated = evaluate(engine, prompts)
+            journal.record("train", step, steps, values | clock.seconds())
+            if evaluated is not None:
+                journal.record("eval", step, steps, evaluated)
+
+
+def sample_groups(
+    engine: EmbeddedEngine, prompts: ReasoningGymPrompts, config: RunConfig, clock: Clock
+) -> tuple[list[list[Sample]], dict[str, float]]:
+    """Groups of scored responses with their advantages, and what was sampled on the way.
+
+    With dynamic sampling, groups without a signal are dropped and refilled from new prompts, for at most
+    `max_rounds` rounds of generation; what is still missing then stays missing.
+    """
+    rollout = config.rollout
+    size = rollout.responses_per_prompt
+    kept: list[list[Sample]] = []
+    sampled: list[Sample] = []
+    rounds = 0
+    while len(kept) < rollout.prompts_per_step and rounds < (rollout.max_rounds if rollout.dynamic_sampling else 1):
+        missing = rollout.prompts_per_step - len(kept)
+        with clock("rollout"):
+            samples = engine.generate(prompts.draw(missing), size, rollout.temperature, first_group=len(sampled) // size)
+        with clock("reward"):
+            score(samples)
+        groups = [samples[i : i + size] for i in range(0, len(samples), size)]
+        kept += [group for group in groups if has_signal(group) or not rollout.dynamic_sampling]
+        sampled += samples
+        rounds += 1
+    for group in kept:
+        fill_group_advantages(group)
+    tokens = sum(len(sample.token_ids) for sample in sampled)
+    return kept, {
+        **sample_metrics(sampled, "rollout"),
+        "rollout/tokens_per_second": tokens / clock["rollout"],
+        "rollout/rounds": float(rounds),
+        "rollout/groups_kept": float(len(kept)),
+        "rollout/groups_dropped": float(len(sampled) // size - len(kept)),
+    }
+
+
+def split_into_mini_batches(groups: Sequence[list[Sample]], config: RunConfig) -> list[list[Sample]]:
+    """As many mini-batches as a full step has, of whole groups and equal size up to one; empty ones are left out."""
+    count = math.ceil(config.rollout.prompts_per_step / config.train.mini_batch_prompts)
+    bounds = [round(i * len(groups) / count) for i in range(count + 1)]
+    parts = (groups[a:b] for a, b in zip(bounds, bounds[1:], strict=False))
+    return [[sample for group in part for sample in group] for part in parts if part]
+
+
+def update(policy: Policy, mini_batches: Sequence[list[MicroBatch]], config: RunConfig) -> dict[str, float]:
+    """`epochs` passes over the mini-batches, one optimizer update each; the metrics are means over all of them."""
+    metrics = UpdateMetrics()
+    for _ in range(config.train.epochs):
+        for mini_batch in mini_batches:
+            policy.train_step(mini_batch, config.loss, metrics)
+    means = metrics.reduce()
+    largest = means.get("log_ratio_max_first", 0.0)
+    if largest > config.train.ratio_tolerance:
+        warn(
+            f"max |log r| = {largest:.1e} on the step's first mini-batch, where the policy is still the old one: the "
+            "trainer does not reproduce its own log-probs (dropout, or nondeterministic kernels); importance "
+            f"ratios carry that error. train.ratio_tolerance={config.train.ratio_tolerance:g} is what is accepted"
+        )
+    grad_norm = {"optimizer/grad_norm": means.pop("grad_norm")} if "grad_norm" in means else {}
+    return {f"loss/{name}": value for name, value in means.items()} | grad_norm
+
+
+def find_resume(config: RunConfig) -> Path | None:
+    """The checkpoint to continue from, as `checkpoint.resume` says."""
+    root = config.run_dir / "checkpoints"
+    existing = checkpoint.list_checkpoints(root)
+    resume = config.checkpoint.resume
+    if resume == "auto":
+        return existing[-1] if existing else None
+    if resume == "never":
+        if existing:
+            raise UserError(
+                f"{root} already has checkpoints; continue with --resume auto, or choose another name=..."
+            )
+        return None
+    return Path(resume)
+
+
+def warn(message: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """One rank of a training run."""
+    from megatron_aspo import cli
+
+    def run() -> int:
+        parser = argparse.ArgumentParser(prog="megatron_aspo.train")
+        cli.add_run_arguments(parser)
+        config = cli.parse_run_config(parser.parse_args(argv))
+        with distributed(config):
+            for message in config_warnings(config):
+                warn(message)
+            train(config, sys.argv if argv is None else argv)
+            if dist.get_rank() == 0:
+                from megatron_aspo.report import print_summary, write_report
+
+                png, html = write_report(config.run_dir)
+                print_summary(config.run_dir)
+                print(f"report: {html}\nplots:  {png}")
+        return 0
+
+    return cli.exit_code(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

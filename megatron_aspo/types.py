@@ -1,0 +1,91 @@
+"""The few things that travel between the parts of the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # the loss library must import with torch alone installed
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem: its position in the source, its tokens, and what the verifier needs to judge an answer."""
+
+    id: int
+    text: str
+    token_ids: tuple[int, ...]
+    entry: dict[str, Any]
+
+
+@dataclass
+class Sample:
+    """A prompt with one response. Per-token arrays have one entry per response token.
+
+    Attributes:
+        group: which prompt group of the batch it belongs to; advantages are relative to the group.
+        rollout_logprobs: by the sampler, of the distribution it sampled from.
+        weight_version: number of the policy's weights that wrote the response (optimizer updates taken).
+    """
+
+    prompt: Prompt
+    group: int
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+    weight_version: int = 0
+    rollout_logprobs: npt.NDArray[np.float32] | None = None
+    text: str = ""
+    reward: float = 0.0
+    advantage: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response together."""
+        return len(self.prompt.token_ids) + len(self.token_ids)
+
+
+@dataclass
+class MicroBatch:
+    """A packed stream of samples (THD layout): every per-token tensor is [T] and already shifted.
+
+    Position t holds the input token t; `labels[t]` is the token it must predict, and `loss_mask`, `advantages`
+    and all log-probs at t speak of that label. The last position of a sample and all padding are masked.
+
+    Attributes:
+        old_logprobs, ref_logprobs: by the trainer, filled in before the first update of the step, on the last
+            pipeline stage. `old_logprobs=None` stands for the current policy itself, that is ratio 1.
+        cu_seqlens: [n + 1] int32, where each sample begins and ends; padding is a last segment of its own.
+        max_seqlen: the longest segment.
+        sequence_ids: which sample of the stream a position belongs to.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    loss_mask: Tensor
+    advantages: Tensor
+    rollout_logprobs: Tensor | None
+    sequence_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a policy loss returns: mean loss = `loss_sum / denominator`, after both were summed over
+    micro-batches and ranks.
+
+    Attributes:
+        loss_sum: scalar, differentiable.
+        denominator: scalar; tokens or responses, as the aggregation says.
+        metrics: name -> (sum, count), detached scalars; their quotient is the mean after summing over ranks.
+    """
+
+    loss_sum: Tensor
+    denominator: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]]

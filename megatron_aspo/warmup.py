@@ -1,0 +1,87 @@
+"""Supervised warm-up of a model that starts from random weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_aspo.config import PolicyLossConfig, RunConfig
+from megatron_aspo.data import ReasoningGymPrompts
+from megatron_aspo.errors import UserError
+from megatron_aspo.journal import Journal
+from megatron_aspo.policy import checkpoint
+from megatron_aspo.policy.trainer import Policy, UpdateMetrics
+from megatron_aspo.tokenizer import AsciiTokenizer
+from megatron_aspo.types import Prompt, Sample
+
+SUPERVISED = PolicyLossConfig(objective="no_is")
+"""With advantage 1 and ratio 1 the policy gradient is that of the negative log-likelihood."""
+
+_SHOW_EVERY = 10
+
+
+def warm_up(policy: Policy, prompts: ReasoningGymPrompts, config: RunConfig, journal: Journal) -> None:
+    """Bring random weights to where a base model stands: it knows the format and is right now and then.
+
+    Demonstrations come from the task's stream at positions that the RL run draws much later, if ever; the prompt
+    source is left as it was found. The result is cached.
+    """
+    cached = cache_path(config)
+    if (cached / "meta.json").is_file():
+        checkpoint.load_weights(cached, policy)
+        return
+    warmup = config.warmup
+    policy.reset_optimizer(replace(config.optimizer, lr=warmup.lr, weight_decay=0.0))
+    before = prompts.state_dict()
+    prompts.position = _FIRST_DEMONSTRATION
+    rng = np.random.default_rng([config.seed, _FIRST_DEMONSTRATION])
+    metrics = UpdateMetrics()
+    for update in range(1, warmup.updates + 1):
+        demonstrations = make_demonstrations(prompts.draw(warmup.batch_prompts), warmup.wrong_fraction, rng)
+        _check_length(demonstrations, config)
+        policy.train_step(policy.pack(demonstrations), SUPERVISED, metrics)
+        if update % _SHOW_EVERY == 0 or update == warmup.updates:
+            means = metrics.reduce()
+            journal.record("warmup", update, warmup.updates, {"loss/nll": means["nll"]})
+            metrics = UpdateMetrics()
+    prompts.load_state_dict(before)
+    checkpoint.save_weights(cached, policy)
+    policy.reset_optimizer(config.optimizer)
+
+
+def make_demonstrations(prompts: list[Prompt], wrong_fraction: float, rng: np.random.Generator) -> list[Sample]:
+    """One demonstration a prompt; a share `wrong_fraction` of them carries the next prompt's answer."""
+    tokenizer = AsciiTokenizer()
+    wrong = rng.random(len(prompts)) < wrong_fraction
+    samples: list[Sample] = []
+    for index, prompt in enumerate(prompts):
+        source = prompts[(index + 1) % len(prompts)] if wrong[index] else prompt
+        answer = tokenizer.encode(str(source.entry["answer"])) + (tokenizer.eos_id,)
+        samples.append(Sample(prompt, group=index, token_ids=answer, finish_reason="stop", advantage=1.0))
+    return samples
+
+
+def cache_path(config: RunConfig) -> Path:
+    """Keyed by everything that the warmed-up weights depend on but the layout."""
+    what = {name: asdict(getattr(config, name)) for name in ("model", "data", "warmup")}
+    what["seed"] = {"seed": config.seed}
+    what["optimizer"] = asdict(config.optimizer)
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.warmup.cache_dir) / f"warmup-{digest}"
+
+
+_FIRST_DEMONSTRATION = 1 << 40
+"""Position in the task's stream, far from where training prompts are drawn."""
+
+
+def _check_length(samples: list[Sample], config: RunConfig) -> None:
+    longest = max(len(sample.token_ids) for sample in samples)
+    if longest > config.rollout.max_response_tokens:
+        raise UserError(
+            f"an answer of data.task={config.data.task} has {longest} tokens with its end mark, "
+            f"rollout.max_response_tokens is {config.rollout.max_response_tokens}; raise it"
+        )
