@@ -88,11 +88,12 @@ class ModelConfig:
     max_sequence_length: int = 128
     rotary_base: float = 10000.0
     tie_embeddings: bool = False
+    init_std: float = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-        _require_positive(self, "num_query_groups", "max_sequence_length", "rotary_base")
+        _require_positive(self, "num_query_groups", "max_sequence_length", "rotary_base", "init_std")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}",
@@ -129,7 +130,7 @@ class DataConfig:
     """A procedural task of reasoning-gym, whose own verifier scores the answers.
 
     Training prompts are drawn with `seed`, held-out prompts with `eval_seed`; an evaluation prompt never
-    occurs in training.
+    occurs in training. `prompt_template` may name `{question}` and the fields of the problem's metadata.
     """
 
     task: str = "chain_sum"
@@ -141,7 +142,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "eval_prompts")
-        _require("{question}" in self.prompt_template, "prompt_template must contain {question}")
+        _require("{" in self.prompt_template, "prompt_template must contain a field, such as {question}")
         _require(self.seed != self.eval_seed, "seed and eval_seed must differ, or evaluation is not held out")
 
 

@@ -57,7 +57,13 @@ class ReasoningGymPrompts:
         self.position = state["position"]
 
     def _prompt(self, index: int, entry: dict[str, Any]) -> Prompt:
-        text = self.config.prompt_template.replace("{question}", entry["question"])
+        try:
+            text = self.config.prompt_template.format(question=entry["question"], **entry["metadata"])
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(
+                f"data.prompt_template: {type(error).__name__} {error}; the fields of {self.config.task} are "
+                f"question, {', '.join(entry['metadata'])}"
+            ) from None
         token_ids = self.tokenizer.encode(text)
         if len(token_ids) > self.max_prompt_tokens:
             raise UserError(

@@ -54,15 +54,30 @@ def warm_up(policy: Policy, prompts: ReasoningGymPrompts, config: RunConfig, jou
 
 
 def make_demonstrations(prompts: list[Prompt], wrong_fraction: float, rng: np.random.Generator) -> list[Sample]:
-    """One demonstration a prompt; a share `wrong_fraction` of them carries the next prompt's answer."""
+    """One demonstration a prompt; a share `wrong_fraction` of them carries a wrong answer.
+
+    A wrong answer is a slip: one digit of the right one replaced by another digit; where the answer has no digit, it
+    is the next prompt's.
+    """
     tokenizer = AsciiTokenizer()
     wrong = rng.random(len(prompts)) < wrong_fraction
     samples: list[Sample] = []
     for index, prompt in enumerate(prompts):
-        source = prompts[(index + 1) % len(prompts)] if wrong[index] else prompt
-        answer = tokenizer.encode(str(source.entry["answer"])) + (tokenizer.eos_id,)
-        samples.append(Sample(prompt, group=index, token_ids=answer, finish_reason="stop", advantage=1.0))
+        answer = str(prompt.entry["answer"])
+        if wrong[index]:
+            answer = _slip(answer, rng) or str(prompts[(index + 1) % len(prompts)].entry["answer"])
+        token_ids = tokenizer.encode(answer) + (tokenizer.eos_id,)
+        samples.append(Sample(prompt, group=index, token_ids=token_ids, finish_reason="stop", advantage=1.0))
     return samples
+
+
+def _slip(answer: str, rng: np.random.Generator) -> str | None:
+    digits = [i for i, c in enumerate(answer) if c.isdigit()]
+    if not digits:
+        return None
+    at = int(rng.choice(digits))
+    other = (int(answer[at]) + int(rng.integers(1, 10))) % 10
+    return f"{answer[:at]}{other}{answer[at + 1 :]}"
 
 
 def cache_path(config: RunConfig) -> Path:

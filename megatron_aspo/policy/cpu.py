@@ -7,7 +7,8 @@ Megatron-Core names CUDA in four ways, and each has its answer here:
 - functions of `torch.cuda` (streams, events, RNG state, synchronisation): replaced by ones that do what is
   right on one synchronous device;
 - its own RNG tracker, which calls into CUDA's generators: mapped to the CPU generator;
-- layers that exist for GPUs only: a norm that knows sequence parallelism, attention over packed streams.
+- layers that exist for GPUs only, or are slow elsewhere: a norm that knows sequence parallelism, attention and
+  rotary embedding over packed streams.
 
 Nothing happens when CUDA is available.
 """
@@ -77,10 +78,11 @@ class _SynchronousStream:
 
 
 def _replace_cuda_functions() -> None:
-    import megatron.core.tensor_parallel.random as mcore_random
+    from megatron.core.jit import disable_jit_fuser
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
+    disable_jit_fuser()  # torch.compile of small functions, for modules of Megatron that are imported from now on
+    import megatron.core.models.common.embeddings.rope_utils as mcore_rope
+    import megatron.core.tensor_parallel.random as mcore_random
 
     def get_rng_state(*args: Any, **kwargs: Any) -> Tensor:
         return torch.get_rng_state()
@@ -98,15 +100,26 @@ def _replace_cuda_functions() -> None:
         "manual_seed": torch.manual_seed,
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
-        "synchronize": nothing,
-        "set_device": nothing,
-        "empty_cache": nothing,
+        "synchronize": lambda device=None: None,
+        "set_device": lambda device: None,
+        "empty_cache": lambda: None,
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
     setattr(mcore_random, "_get_cuda_rng_state", get_rng_state)  # noqa: B010  (private names of another library)
     setattr(mcore_random, "_set_cuda_rng_state", set_rng_state)  # noqa: B010
+    setattr(mcore_rope, "_apply_rotary_pos_emb_thd", _apply_rotary_thd)  # noqa: B010
+
+
+def _apply_rotary_thd(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *, cp_group: Any, **options: Any) -> Tensor:
+    """Rotary embedding of a packed stream [T, h, d] in one go; Megatron's own loops over the segments."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    assert cp_group.size() == 1, "context parallelism needs Transformer Engine"
+    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=t.shape[0])
+    positions = torch.arange(t.shape[0]) - starts
+    return _apply_rotary_pos_emb_bshd(t[:, None], freqs[positions], **options)[:, 0]
 
 
 class RMSNorm(torch.nn.RMSNorm):

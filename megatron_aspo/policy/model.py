@@ -85,6 +85,7 @@ def transformer_config(config: ModelConfig, parallel: ParallelConfig) -> Transfo
         ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups,
+        init_method_std=config.init_std,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
