@@ -15,6 +15,8 @@ def fill_group_advantages(group: Sequence[Sample]) -> None:
     """advantage = (R - mean R) / (std R + 1e-6), with the unbiased standard deviation (authors' recipe)."""
     rewards = np.array([sample.reward for sample in group], dtype=np.float64)
     centered = rewards - rewards.mean()
+    if not has_signal(group):
+        centered[:] = 0  # the mean of equal numbers may differ from them in the last bit
     scaled = centered / (rewards.std(ddof=1) + EPSILON)
     for sample, advantage in zip(group, scaled, strict=True):
         sample.advantage = float(advantage)

@@ -32,10 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("eval", "evaluate a checkpoint on the held-out prompts"),
     ):
         sub = commands.add_parser(name, help=help_text, description=help_text)
-        add_run_arguments(sub)
+        add_run_arguments(sub) if name == "train" else add_eval_arguments(sub)
         sub.add_argument("--nproc", type=int, help="ranks on this host (default: tensor x pipeline)")
-        if name == "eval":
-            sub.add_argument("--checkpoint", help="a step_... folder (default: the newest of the run)")
     report = commands.add_parser("report", help="write report.html and report.png of a run")
     report.add_argument("run_dir", type=Path, help="runs/<name>")
 
@@ -54,16 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which run is meant."""
-    parser.add_argument("config", help="YAML file; examples/ has ones that run")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
+    """The arguments of a training run."""
+    _add_config_arguments(parser)
     parser.add_argument("--resume", help='"auto", "never" or a checkpoint: short for checkpoint.resume=...')
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of an evaluation."""
+    _add_config_arguments(parser)
+    parser.add_argument("--checkpoint", help="a step_... folder (default: the newest of the run)")
 
 
 def parse_run_config(arguments: argparse.Namespace) -> RunConfig:
     """The configuration that the command line describes."""
     overrides = list(arguments.overrides)
-    if arguments.resume is not None:
+    if getattr(arguments, "resume", None) is not None:
         overrides.append(f"checkpoint.resume={arguments.resume}")
     return load_config(arguments.config, overrides)
 
@@ -80,6 +83,11 @@ def exit_code(action: Callable[[], int]) -> int:
         return 130
 
 
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file; examples/ has ones that run")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
+
+
 def _run_ranks(arguments: argparse.Namespace) -> int:
     from megatron_aspo.launch import run_local
 
@@ -88,12 +96,11 @@ def _run_ranks(arguments: argparse.Namespace) -> int:
     if ranks < 1:
         raise UserError(f"--nproc={ranks} must be >= 1")
     check_world_size(config, ranks)
-    rest = [arguments.config, *arguments.overrides]
-    rest += ["--resume", arguments.resume] if arguments.resume is not None else []
-    if arguments.command == "eval":
-        rest += ["--checkpoint", arguments.checkpoint] if arguments.checkpoint else []
-        return run_local("megatron_aspo.eval", rest, ranks)
-    return run_local("megatron_aspo.train", rest, ranks)
+    module, option = ("train", "resume") if arguments.command == "train" else ("evaluation", "checkpoint")
+    value = getattr(arguments, option)
+    rest = [arguments.config, *arguments.overrides, *([f"--{option}", value] if value is not None else [])]
+    print(f"megatron-aspo: starting {ranks} rank(s); the imports take some seconds", file=sys.stderr, flush=True)
+    return run_local(f"megatron_aspo.{module}", rest, ranks)
 
 
 if __name__ == "__main__":

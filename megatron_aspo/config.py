@@ -96,7 +96,8 @@ class ModelConfig:
         _require_positive(self, "num_query_groups", "max_sequence_length", "rotary_base", "init_std")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}",
+            f"hidden_size={self.hidden_size} is not a multiple of "
+            f"num_attention_heads={self.num_attention_heads}",
         )
         _require(
             self.num_attention_heads % self.num_query_groups == 0,
@@ -107,7 +108,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How one replica of the model is spread over ranks; the data-parallel size is what is left of the world."""
+    """How one replica of the model is spread over ranks; data parallelism takes what is left of the world."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -180,7 +181,8 @@ class RolloutConfig:
             "group-relative advantages need a group",
         )
         _require(
-            self.temperature > 0, f"temperature={self.temperature} must be > 0 for training (evaluation is greedy)"
+            self.temperature > 0,
+            f"temperature={self.temperature} must be > 0",
         )
         _require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]")
         _require(all(self.stop), "stop must not contain an empty string")
@@ -206,7 +208,9 @@ class TrainConfig:
     ratio_tolerance: float = 1e-5
 
     def __post_init__(self) -> None:
-        _require_positive(self, "mini_batch_prompts", "epochs", "max_tokens_per_micro_batch", "ratio_tolerance")
+        _require_positive(
+            self, "mini_batch_prompts", "epochs", "max_tokens_per_micro_batch", "ratio_tolerance"
+        )
         _require(self.steps >= 0, f"steps={self.steps} must be >= 0")
 
 
@@ -227,7 +231,8 @@ class OptimizerConfig:
         _require(self.lr_warmup_updates >= 0, "lr_warmup_updates must be >= 0")
         _require(self.weight_decay >= 0 and self.clip_grad >= 0, "weight_decay and clip_grad must be >= 0")
         _require(
-            0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1, "adam_beta1 and adam_beta2 must lie in [0, 1)"
+            0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1,
+            "adam_beta1 and adam_beta2 must lie in [0, 1)",
         )
 
 
@@ -272,12 +277,16 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Greedy evaluation on the held-out prompts; `every=0` evaluates only before and after training."""
+    """Evaluation on the held-out prompts: the mean over `responses_per_prompt` samples at `temperature`
+    (avg@k), and greedy. `every=0` evaluates only before and after training."""
 
     every: int = 10
+    responses_per_prompt: int = 4
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "every must be >= 0")
+        _require_positive(self, "responses_per_prompt", "temperature")
 
 
 @dataclass(frozen=True)
@@ -300,7 +309,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.name not in ("", ".", "..") and "/" not in self.name, f"name={self.name!r} must be a folder's name"
+            self.name not in ("", ".", "..") and "/" not in self.name,
+            f"name={self.name!r} must be a folder's name",
         )
 
     @property
@@ -335,7 +345,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}; fix the YAML or the override") from None
+        raise UserError(
+            f"cannot read {path}: {' '.join(str(error).split())}; fix the YAML or the override"
+        ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a mapping of sections; see examples/ for ones that run")
     config = _from_mapping(RunConfig, typing.cast("Mapping[str, Any]", values), "")
@@ -354,14 +366,15 @@ def config_warnings(config: RunConfig) -> list[str]:
     warnings: list[str] = []
     if config.updates_per_step == 1:
         warnings.append(
-            f"{config.loss.objective.upper()} is inert: one optimizer update per rollout batch, so every importance "
-            "ratio is 1 and all objectives have the same gradient; lower train.mini_batch_prompts or raise "
-            "train.epochs"
+            f"{config.loss.objective.upper()} is inert: one optimizer update per rollout batch, so every "
+            "importance ratio is 1 and all objectives have the same gradient; lower "
+            "train.mini_batch_prompts or raise train.epochs"
         )
     if config.rollout.top_p < 1:
         warnings.append(
-            f"rollout.top_p={config.rollout.top_p} truncates the sampler's distribution, the trainer's log-probs are "
-            "of the whole one: the importance ratio then corrects for the wrong policy; top_p=1 is exact"
+            f"rollout.top_p={config.rollout.top_p} truncates the sampler's distribution, the trainer's "
+            "log-probs are of the whole one: the importance ratio then corrects for the wrong policy; "
+            "top_p=1 is exact"
         )
     return warnings
 
@@ -410,7 +423,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{path}={value!r} should be a section with fields of its own")
-        return _from_mapping(typing.cast("type[Any]", hint), typing.cast("Mapping[str, Any]", value), f"{path}.")
+        return _from_mapping(
+            typing.cast("type[Any]", hint), typing.cast("Mapping[str, Any]", value), f"{path}."
+        )
     if origin is types.UnionType:  # the only unions here are `X | None`
         return None if value is None else _convert(arguments[0], value, path)
     if origin is Literal:
@@ -428,12 +443,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"{path}={value!r} should be a mapping")
         return typing.cast("dict[str, Any]", value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
+            value = float(value)  # YAML 1.1 reads 1e-6 as a string
+        except (ValueError, OverflowError):
             raise UserError(f"{path}={value!r} should be a number") from None
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
@@ -478,5 +491,6 @@ def _check_together(config: RunConfig) -> None:
     if train.max_tokens_per_micro_batch < model.max_sequence_length:
         raise UserError(
             f"train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} is less than "
-            f"model.max_sequence_length={model.max_sequence_length}: a long sample would fit nowhere; raise it"
+            f"model.max_sequence_length={model.max_sequence_length}: a long sample would fit nowhere; "
+            "raise it"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from megatron_aspo.config import DataConfig
+from megatron_aspo.config import DataConfig, RunConfig
 from megatron_aspo.errors import UserError
 from megatron_aspo.tokenizer import AsciiTokenizer
 from megatron_aspo.types import Prompt
@@ -30,6 +30,12 @@ class ReasoningGymPrompts:
         # A held-out prompt's id is negative: ids are unique across both sets.
         self.held_out = [self._prompt(-1 - i, held_out[i]) for i in range(config.eval_prompts)]
         self._held_out_texts = {prompt.text for prompt in self.held_out}
+
+    @staticmethod
+    def of(config: RunConfig, tokenizer: AsciiTokenizer) -> ReasoningGymPrompts:
+        """The source of a run: a prompt leaves room for the longest response."""
+        room = config.model.max_sequence_length - config.rollout.max_response_tokens
+        return ReasoningGymPrompts(config.data, tokenizer, room)
 
     def draw(self, count: int) -> list[Prompt]:
         """The next `count` training prompts."""

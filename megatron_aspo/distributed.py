@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -26,8 +25,6 @@ def distributed(config: RunConfig) -> Iterator[None]:
         UserError: the number of ranks does not fit the configured layout.
     """
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
-    for noise in ("`torch.distributed.", "The .grad attribute of a Tensor"):  # Megatron-Core's, at every step
-        warnings.filterwarnings("ignore", message=noise)
     if cpu.enable():
         backend = "gloo"
         # Without a launcher's word each of n ranks on a host gets its n-th part of the cores.

@@ -1,15 +1,68 @@
-"""Held-out evaluation."""
+"""Held-out evaluation. `torchrun --nproc-per-node N -m megatron_aspo.evaluation CONFIG.yaml [--checkpoint PATH]`"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_aspo.config import EvalConfig
 from megatron_aspo.data import ReasoningGymPrompts
+from megatron_aspo.distributed import distributed
+from megatron_aspo.errors import UserError
 from megatron_aspo.metrics import sample_metrics
+from megatron_aspo.policy import checkpoint
+from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rewards.reasoning_gym import score
 from megatron_aspo.rollout.megatron import EmbeddedEngine
+from megatron_aspo.tokenizer import AsciiTokenizer
 
 
-def evaluate(engine: EmbeddedEngine, prompts: ReasoningGymPrompts) -> dict[str, float]:
-    """One greedy response to every held-out prompt, scored by the task's verifier."""
-    samples = engine.generate(prompts.held_out, responses_per_prompt=1, temperature=0.0)
+def evaluate(engine: EmbeddedEngine, prompts: ReasoningGymPrompts, config: EvalConfig) -> dict[str, float]:
+    """Scores of the held-out prompts by the task's verifier: `eval/accuracy` and the like are means over
+    `responses_per_prompt` samples each (avg@k), `eval/greedy_accuracy` is of one greedy response each."""
+    samples = engine.generate(prompts.held_out, config.responses_per_prompt, config.temperature)
+    greedy = engine.generate(prompts.held_out, responses_per_prompt=1, temperature=0.0)
     score(samples)
-    return sample_metrics(samples, "eval")
+    score(greedy)
+    accuracy = sum(sample.reward >= 1 for sample in greedy) / len(greedy)
+    return {**sample_metrics(samples, "eval"), "eval/greedy_accuracy": accuracy}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """One rank of an evaluation: prints the metrics of a checkpoint as JSON."""
+    from megatron_aspo import cli
+
+    def run() -> int:
+        parser = argparse.ArgumentParser(prog="megatron_aspo.evaluation")
+        cli.add_eval_arguments(parser)
+        arguments = parser.parse_args(argv)
+        config = cli.parse_run_config(arguments)
+        with distributed(config):
+            tokenizer = AsciiTokenizer()
+            prompts = ReasoningGymPrompts.of(config, tokenizer)
+            policy = Policy(config, tokenizer.vocab_size)
+            path = _checkpoint_path(arguments.checkpoint, config.run_dir / "checkpoints")
+            checkpoint.load_weights(path, policy)
+            metrics = evaluate(EmbeddedEngine(policy, config.rollout, tokenizer, config.seed), prompts, config.eval)
+            if dist.get_rank() == 0:
+                print(json.dumps({"checkpoint": str(path), **metrics}, indent=1))
+        return 0
+
+    return cli.exit_code(run)
+
+
+def _checkpoint_path(given: str | None, root: Path) -> Path:
+    if given is not None:
+        return Path(given)
+    existing = checkpoint.list_checkpoints(root)
+    if not existing:
+        raise UserError(f"no checkpoint under {root}; train first, or give --checkpoint")
+    return existing[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -43,6 +43,11 @@ class Journal:
             self._progress.__exit__(kind, error, trace)
             self._log.close()
 
+    def say(self, message: str) -> None:
+        """One line for the user, above the live panel."""
+        if self._progress is not None:
+            self._progress.say(message)
+
     def record(self, phase: str, step: int, total: int, values: dict[str, float]) -> None:
         """Log the metrics of a step and show them; phase: "warmup", "train" or "eval"."""
         if self._log is not None and self._progress is not None:

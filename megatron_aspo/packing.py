@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -41,16 +42,21 @@ def pack(
     lengths = [sample.length for sample in samples]
     if samples and _round_up(max(lengths), multiple) > max_tokens:
         raise ValueError(f"a sample of {max(lengths)} tokens exceeds max_tokens={max_tokens}")
-    bins = _one_per_bin(len(samples), dp_size) if one_per_row else _balance(lengths, dp_size, max_tokens, multiple)
+    bins = (
+        _one_per_bin(len(samples), dp_size)
+        if one_per_row
+        else _balance(lengths, dp_size, max_tokens, multiple)
+    )
     totals = [_round_up(max(sum(lengths[i] for i in chosen), 1), multiple) for chosen in bins]
     mine = range(dp_rank, len(bins), dp_size)
     return [
-        _build([samples[i] for i in bins[b]], max(totals) if equal_length else totals[b], device) for b in mine
+        _build([samples[i] for i in bins[b]], max(totals) if equal_length else totals[b], device)
+        for b in mine
     ]
 
 
 def _balance(lengths: Sequence[int], dp_size: int, max_tokens: int, multiple: int) -> list[list[int]]:
-    """Longest first into the emptiest bin; as few bins (a multiple of `dp_size`) as keep every one in bounds."""
+    """Longest first into the emptiest bin; as few bins (a multiple of `dp_size`) as keep all in bounds."""
     rounds = max(1, math.ceil(sum(lengths) / (max_tokens * dp_size)))
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while True:
@@ -104,7 +110,7 @@ def _build(samples: Sequence[Sample], length: int, device: torch.device | str) -
         advantages=torch.from_numpy(advantages).to(device),
         rollout_logprobs=torch.from_numpy(rollout_logprobs).to(device) if has_rollout else None,
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32, device=device),
-        max_seqlen=max(b - a for a, b in zip(boundaries, boundaries[1:], strict=False)),
+        max_seqlen=max(b - a for a, b in pairwise(boundaries)),
     )
 
 

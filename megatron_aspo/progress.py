@@ -67,6 +67,10 @@ class Progress:
         # Not rich's print: that one wraps a log file's lines at 80 columns.
         print(f"{phase} {step}/{total}", *shown, f"eta {eta}", sep="  ", file=self._console.file, flush=True)
 
+    def say(self, message: str) -> None:
+        """Print a line above the panel."""
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
     def _eta(self, steps_left: int) -> str:
         """Wall time left at the pace of the last steps seen, evals and checkpoints included."""
         if len(self._marks) < 2:

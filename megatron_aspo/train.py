@@ -32,9 +32,7 @@ def train(config: RunConfig, argv: list[str]) -> None:
     resume_from = find_resume(config)
     resume_step = checkpoint.step_of(resume_from) if resume_from else None
     tokenizer = AsciiTokenizer()
-    prompts = ReasoningGymPrompts(
-        config.data, tokenizer, config.model.max_sequence_length - config.rollout.max_response_tokens
-    )
+    prompts = ReasoningGymPrompts.of(config, tokenizer)
     policy = Policy(config, tokenizer.vocab_size)
     engine = EmbeddedEngine(policy, config.rollout, tokenizer, config.seed)
     steps = config.train.steps
@@ -48,7 +46,7 @@ def train(config: RunConfig, argv: list[str]) -> None:
             _, state = checkpoint.load(resume_from, policy)
             prompts.load_state_dict(state["prompts"])
         else:
-            journal.record("eval", 0, steps, evaluate(engine, prompts))
+            journal.record("eval", 0, steps, evaluate(engine, prompts, config.eval))
 
         for step in range((resume_step or 0) + 1, steps + 1):
             clock = Clock()
@@ -72,7 +70,7 @@ def train(config: RunConfig, argv: list[str]) -> None:
             evaluated = None
             if step == steps or (config.eval.every and step % config.eval.every == 0):
                 with clock("eval"):
-                    evaluated = evaluate(engine, prompts)
+                    evaluated = evaluate(engine, prompts, config.eval)
             journal.record("train", step, steps, values | clock.seconds())
             if evaluated is not None:
                 journal.record("eval", step, steps, evaluated)

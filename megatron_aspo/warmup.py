@@ -33,6 +33,7 @@ def warm_up(policy: Policy, prompts: ReasoningGymPrompts, config: RunConfig, jou
     cached = cache_path(config)
     if (cached / "meta.json").is_file():
         checkpoint.load_weights(cached, policy)
+        journal.say(f"warm-up: taken from {cached}")
         return
     warmup = config.warmup
     policy.reset_optimizer(replace(config.optimizer, lr=warmup.lr, weight_decay=0.0))

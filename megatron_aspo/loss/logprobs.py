@@ -1,4 +1,6 @@
 """Log-probs and entropy from vocab-parallel logits, in one pass and one collective."""
+# torch.linalg and torch.distributed are not annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -23,12 +25,12 @@ def vocab_parallel_logprobs(
     chunk_size: int | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(logits / temperature)[targets] and the softmax's entropy, over a vocabulary split across ranks.
+    """log softmax(logits / temperature)[targets] and the softmax's entropy, the vocabulary split over ranks.
 
-    Rank k of `tp_group` holds the logits of tokens [k V/tp, (k+1) V/tp). The forward pass makes one all-gather
-    of 4 numbers per position (shard maximum, sum of exponentials, its first moment, target logit), merged as in
-    flash-softmax; the backward pass makes none and recomputes the softmax chunk by chunk. Nothing of size
-    [..., V] is kept but the input and its gradient.
+    Rank k of `tp_group` holds the logits of tokens [k V/tp, (k+1) V/tp). The forward pass makes one
+    all-gather of 4 numbers per position (shard maximum, sum of exponentials, its first moment, target logit),
+    merged as in flash-softmax; the backward pass makes none and recomputes the softmax chunk by chunk.
+    Nothing of size [..., V] is kept but the input and its gradient.
 
     Args:
         logits: [..., V/tp], any floating type, never changed; statistics are float32 (float64 for float64).
@@ -39,14 +41,17 @@ def vocab_parallel_logprobs(
         temperature: > 0.
 
     Returns:
-        logprobs [...] and entropy [...] (None without `with_entropy`), float32 (float64 for float64), equal on
-        all ranks of the group.
+        logprobs [...] and entropy [...] (None without `with_entropy`), float32 (float64 for float64), equal
+        on all ranks of the group.
 
     Raises:
         ValueError: shapes, types or the temperature do not fit.
     """
     if targets.shape != logits.shape[:-1]:
-        raise ValueError(f"targets has shape {list(targets.shape)}, logits {list(logits.shape)}: expected {list(logits.shape[:-1])}")
+        raise ValueError(
+            f"targets has shape {list(targets.shape)}, logits {list(logits.shape)}: "
+            f"expected {list(logits.shape[:-1])}"
+        )
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be integer token ids, not {targets.dtype}")
     if not logits.is_floating_point():
@@ -56,8 +61,7 @@ def vocab_parallel_logprobs(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be >= 1")
     rows = chunk_size or max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    logprobs, entropy = _VocabParallelLogprobs.apply(logits, targets, tp_group, with_entropy, rows, temperature)  # type: ignore[no-untyped-call]
-    return logprobs, entropy
+    return _VocabParallelLogprobs.apply(logits, targets, tp_group, with_entropy, rows, temperature)
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
@@ -78,13 +82,12 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             chunk = slice(start, start + rows)
             stats[:, chunk] = _shard_statistics(flat[chunk], local_targets[chunk], temperature)
         stats[3].masked_fill_(~owned, 0.0)
-        log_normalizer, entropy, target_logit = _merge(stats, tp_group)
+        log_normalizer, entropy, logprobs = _merge(_gather(stats, tp_group))
 
         ctx.save_for_backward(logits, local_targets, owned, log_normalizer, entropy)
         ctx.rows, ctx.temperature = rows, temperature
         ctx.set_materialize_grads(False)
-        logprobs = (target_logit - log_normalizer).view(targets.shape)
-        return logprobs, entropy.view(targets.shape) if with_entropy else None
+        return logprobs.view(targets.shape), entropy.view(targets.shape) if with_entropy else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -102,7 +105,12 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             if grad_entropy is None:
                 grad = p
             else:
-                grad = log_p.clamp_(min=_NEVER).add_(entropy[chunk, None]).mul_(p).mul_(-grad_entropy[chunk, None])
+                grad = (
+                    log_p.clamp_(min=_NEVER)
+                    .add_(entropy[chunk, None])
+                    .mul_(p)
+                    .mul_(-grad_entropy[chunk, None])
+                )
             if grad_logprobs is not None:
                 d = grad_logprobs[chunk].to(p.dtype)
                 grad = p.mul_(-d[:, None]) if grad_entropy is None else grad.addcmul_(p, d[:, None], value=-1)
@@ -122,7 +130,9 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return copy.div_(temperature) if temperature != 1 else copy
 
 
-def _local_targets(targets: Tensor, vocab_shard: int, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def _local_targets(
+    targets: Tensor, vocab_shard: int, tp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
     """Targets as indices into this rank's shard (0 where another rank owns them), and which ones it owns."""
     first = vocab_shard * (dist.get_rank(tp_group) if tp_group is not None else 0)
     local = targets - first
@@ -141,19 +151,23 @@ def _shard_statistics(logits: Tensor, local_targets: Tensor, temperature: float)
     return torch.stack([m, e.sum(-1), torch.linalg.vecdot(e, z), target])
 
 
-def _merge(stats: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """[4, n] of every rank -> (log sum e^z, entropy, target's z), each [n]. One collective."""
+def _gather(stats: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """[4, n] of every rank -> [ranks, 4, n]: the one collective."""
     ranks = dist.get_world_size(tp_group) if tp_group is not None else 1
-    if ranks > 1:
-        gathered = stats.new_empty(ranks * 4, stats.shape[1])
-        dist.all_gather_single(gathered, stats.contiguous(), group=tp_group)
-        shards = gathered.view(ranks, 4, -1)
-    else:
-        shards = stats[None]
+    if ranks == 1:
+        return stats[None]
+    gathered = stats.new_empty(ranks * 4, stats.shape[1])
+    dist.all_gather_single(gathered, stats.contiguous(), group=tp_group)
+    return gathered.view(ranks, 4, -1)
+
+
+def _merge(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[ranks, 4, n] -> (log sum e^z, entropy, the target's log-prob), each [n]."""
     m, s, q, target = shards.unbind(1)
     top = m.amax(0)
     scale = (m - top).exp()
     total = (s * scale).sum(0)
     moment = ((q + s * (m - top)) * scale).sum(0)
     log_total = total.log()
-    return top + log_total, log_total - moment / total, target.sum(0)
+    # Relative to the maximum: the logits' common offset must not eat the log-prob's digits.
+    return top + log_total, log_total - moment / total, target.sum(0) - top - log_total

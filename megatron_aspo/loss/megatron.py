@@ -32,12 +32,13 @@ def megatron_loss_func(
     Use it as `return model(...), partial(megatron_loss_func, targets=..., ...)` with
     `calculate_per_token_loss=True`: the schedule sums what is returned over micro-batches, and
     `finalize_model_grads` divides the gradients by the denominator summed over data- and context-parallel
-    ranks. So nothing here is scaled by ranks or micro-batches, and the gradient does not depend on the layout.
+    ranks. So nothing here is scaled by ranks or micro-batches, and the gradient is that of any other layout.
 
     Args:
         logits: [..., V/tp], the model's parallel output.
-        targets, advantages, loss_mask, old_logprobs, ...: [...], as in `policy_loss`. `old_logprobs=None` takes
-            the current policy's own (ratio 1: plain policy gradient; with advantages 1, supervised learning).
+        targets, advantages, loss_mask, old_logprobs, ...: [...], as in `policy_loss`. `old_logprobs=None`
+            takes the current policy's own (ratio 1: plain policy gradient; with advantages 1, supervised
+            learning).
         tp_group: the tensor-parallel group.
         temperature: that of sampling, so that the trainer's distribution is the sampler's.
 

@@ -62,7 +62,7 @@ class TokenTerms:
 
 
 def aspo(x: TokenInputs, config: PolicyLossConfig) -> TokenTerms:
-    """ASPO: PPO's mask, the flipped ratio for A > 0, and a dual clip that holds the weight instead of dropping it."""
+    """ASPO: PPO's mask, the ratio flipped for A > 0, and a dual clip that holds the weight, not drops it."""
     cap = torch.inf if config.dual_clip is None else config.dual_clip
     positive = x.advantages > 0
     clipped = _outside_clip(x.ratio, x)
@@ -78,7 +78,7 @@ def aspo(x: TokenInputs, config: PolicyLossConfig) -> TokenTerms:
 
 
 def grpo(x: TokenInputs, config: PolicyLossConfig) -> TokenTerms:
-    """PPO-clip, as in GRPO and (with clip_high > clip_low) DAPO; with dual_clip also masked at r > c for A < 0."""
+    """PPO-clip, as in GRPO and (with clip_high > clip_low) DAPO; dual_clip also masks r > c for A < 0."""
     return _ppo_clip(x.ratio, x, config.dual_clip)
 
 
@@ -102,7 +102,10 @@ def cispo(x: TokenInputs, config: PolicyLossConfig) -> TokenTerms:
     """The clipped ratio as a weight, never masked."""
     weight = torch.clamp(x.ratio, 1 - x.clip_low, 1 + x.clip_high)
     return TokenTerms(
-        weight, -weight * x.advantages * x.logprobs, weight != x.ratio, torch.zeros_like(weight, dtype=torch.bool)
+        weight,
+        -weight * x.advantages * x.logprobs,
+        weight != x.ratio,
+        torch.zeros_like(weight, dtype=torch.bool),
     )
 
 

@@ -1,7 +1,10 @@
 """From per-token log-probs to one loss: masks, per-response quantities, KL, entropy, aggregation, metrics."""
+# torch.unique is not annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +44,7 @@ def policy_loss(
         config: objective, clip ranges, aggregation, coefficients.
         entropy: the policy's entropy at the position, nats; needed by `entropy_quantile` and `entropy_coef`.
         ref_logprobs: log-probs of the reference policy; needed by `kl_coef`.
-        rollout_logprobs: log-probs by the engine that sampled; only reported, as the mismatch with `old_logprobs`.
+        rollout_logprobs: log-probs by the sampling engine; their mismatch with `old_logprobs` is reported.
         sequence_ids: non-negative integers that tell responses apart; default: each row is one response.
 
     Returns:
@@ -97,7 +100,8 @@ def policy_loss(
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Per-token estimate of KL(policy || reference) from samples of the policy, differentiable in `logprobs`.
 
-    k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d with d = log pi - log ref (J. Schulman, "Approximating KL Divergence").
+    k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d with d = log pi - log ref (J. Schulman, "Approximating KL
+    Divergence").
     """
     d = logprobs - ref_logprobs
     if estimator == "k1":
@@ -124,7 +128,7 @@ class Responses:
     @staticmethod
     def of(mask: Tensor, sequence_ids: Tensor | None) -> Responses:
         if sequence_ids is None:
-            rows = mask.numel() // mask.shape[-1] if mask.numel() else 0
+            rows = math.prod(mask.shape[:-1])
             index = torch.arange(rows, device=mask.device).view(*mask.shape[:-1], 1).expand(mask.shape)
         else:
             distinct, inverse = torch.unique(sequence_ids, return_inverse=True)
@@ -143,7 +147,9 @@ class Responses:
         return (self.sum(values) / self.lengths.clamp(min=1).to(values.dtype))[self.index]
 
     def quantile(self, values: Tensor, mask: Tensor, q: float) -> Tensor:
-        """[..., T] -> [..., T]: each token gets the linearly interpolated q-quantile of its response's tokens."""
+        """[..., T] -> [..., T]: each token gets the (linearly interpolated) q-quantile of its response."""
+        if not values.numel():
+            return values
         # Sort by (masked last, response, value): a response's tokens then stand together in ascending order.
         flat = values.reshape(-1)
         key = torch.where(mask, self.index, self.count).reshape(-1)
@@ -228,10 +234,14 @@ def _masked(values: Tensor, mask: Tensor) -> Tensor:
 
 def _check_inputs(logprobs: Tensor, config: PolicyLossConfig, **others: Tensor | None) -> None:
     if not logprobs.is_floating_point() or logprobs.dim() == 0:
-        raise ValueError(f"logprobs must be a floating-point tensor [..., T], not {logprobs.dtype} of {logprobs.dim()}-d")
+        raise ValueError(
+            f"logprobs must be a floating-point tensor [..., T], not {logprobs.dtype} of {logprobs.dim()}-d"
+        )
     for name, tensor in others.items():
         if tensor is not None and tensor.shape != logprobs.shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, logprobs {list(logprobs.shape)}: they must agree")
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, logprobs {list(logprobs.shape)}: they must agree"
+            )
     sequence_ids = others["sequence_ids"]
     if sequence_ids is not None and (sequence_ids.is_floating_point() or sequence_ids.dtype == torch.bool):
         raise ValueError(f"sequence_ids must be integers, not {sequence_ids.dtype}")
@@ -241,6 +251,10 @@ def _check_inputs(logprobs: Tensor, config: PolicyLossConfig, **others: Tensor |
     }
     for name, needed in needs.items():
         if needed and others[name] is None:
-            raise ValueError(f"{name} is missing, but the configuration needs it (entropy_coef, entropy_quantile, kl_coef)")
+            raise ValueError(
+                f"{name} is missing, but the configuration needs it (entropy_coef, entropy_quantile, kl_coef)"
+            )
     if config.aggregation == "seq-mean-token-sum-norm" and config.norm_length is None:
-        raise ValueError("norm_length is missing: seq-mean-token-sum-norm divides by it; set the longest response's length")
+        raise ValueError(
+            "norm_length is missing: seq-mean-token-sum-norm divides by it; set the longest response's length"
+        )

@@ -1,1 +1,12 @@
 """The policy: model, optimizer, checkpoints. The only room that reads Megatron's parallel state."""
+
+import logging
+import warnings
+
+# Megatron-Core tells at import, and then at every step, of each optional package that is not there and of its own
+# deprecated calls. That is for its developers; errors still come through.
+warnings.filterwarnings("ignore", module=r"megatron\.core")
+for _noise in ("`torch.distributed.", "The .grad attribute of a Tensor", "Apex is not installed"):
+    warnings.filterwarnings("ignore", message=_noise)
+for _name in ("megatron.core", "torch.utils.cpp_extension"):
+    logging.getLogger(_name).setLevel(logging.ERROR)

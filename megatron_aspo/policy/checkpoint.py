@@ -44,8 +44,9 @@ def save(root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int
     final = root / f"{_PREFIX}{step:06d}"
     partial = root / (final.name + _PARTIAL)
     _on_rank_0(lambda: _fresh_folder(partial))
+    dist_checkpointing.save(_sharded_state(policy, with_optimizer=True), str(partial))
+    (partial / "rng").mkdir(exist_ok=True)
     torch.save(_rng_state(), partial / "rng" / f"rank{dist.get_rank():05d}.pt")
-    _save_sharded(_sharded_state(policy, with_optimizer=True), partial)
     meta = {
         "step": step,
         "updates": policy.updates,
@@ -91,7 +92,7 @@ def save_weights(path: Path, policy: Policy) -> None:
     """Write the model alone, atomically. Collective."""
     partial = path.with_name(path.name + _PARTIAL)
     _on_rank_0(lambda: _fresh_folder(partial))
-    _save_sharded(_sharded_state(policy, with_optimizer=False), partial)
+    dist_checkpointing.save(_sharded_state(policy, with_optimizer=False), str(partial))
     meta = {"model": dataclasses.asdict(policy.config.model)}
 
     def publish() -> None:
@@ -156,10 +157,6 @@ def _sharded_state(policy: Policy, with_optimizer: bool, is_loading: bool = Fals
     return state
 
 
-def _save_sharded(state: dict[str, Any], path: Path) -> None:
-    dist_checkpointing.save(state, str(path), async_strategy="mcore")
-
-
 def _load_sharded(state: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(path))
@@ -222,7 +219,7 @@ def _layout(policy: Policy) -> dict[str, int]:
 def _fresh_folder(path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
-    (path / "rng").mkdir(parents=True)
+    path.mkdir(parents=True)
 
 
 def _on_rank_0(action: Any) -> None:

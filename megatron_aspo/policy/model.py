@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from typing import Any
 
 import torch
@@ -47,8 +46,6 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) 
     With `use_cpu_initialization` the whole weight is drawn before it is cut, so that the weights do not depend
     on the tensor-parallel size.
     """
-    # GPTModel warns of its successor, HybridModel, whose specs need Transformer Engine.
-    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     transformer = transformer_config(config, parallel)
     model: torch.nn.Module = GPTModel(
         config=transformer,
