@@ -28,8 +28,12 @@ def evaluate(engine: EmbeddedEngine, prompts: ReasoningGymPrompts, config: EvalC
     greedy = engine.generate(prompts.held_out, responses_per_prompt=1, temperature=0.0)
     score(samples)
     score(greedy)
-    accuracy = sum(sample.reward >= 1 for sample in greedy) / len(greedy)
-    return {**sample_metrics(samples, "eval"), "eval/greedy_accuracy": accuracy}
+    return {
+        **sample_metrics(samples, "eval"),
+        "eval/greedy_accuracy": sum(sample.reward >= 1 for sample in greedy) / len(greedy),
+        # Samples of one prompt are not independent: the prompts are what an error bar may count.
+        "eval/count": float(len(prompts.held_out)),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -80,7 +80,7 @@ PANELS = (
     Panel("Reward", (("reward/mean", "mean reward", BLUE), ("reward/accuracy", "share correct", GREEN))),
     Panel(
         "Held-out accuracy",
-        (("eval/accuracy", "share correct, 95% interval", GREEN),),
+        (("eval/accuracy", "sampled, 95% interval", GREEN), ("eval/greedy_accuracy", "greedy", BLUE)),
         phase="eval",
         percent=True,
     ),
@@ -106,8 +106,8 @@ PANELS = (
     Panel("Policy loss", (("loss/value", "per token", RED),)),
     Panel("Response length", (("rollout/response_length", "tokens", GREY),)),
     Panel(
-        "Failed responses",
-        (("rollout/repetition", "repetitive", ORANGE), ("rollout/truncated", "truncated", GREY)),
+        "Repetition and truncation",
+        (("rollout/repetition", "4-grams repeated", ORANGE), ("rollout/truncated", "cut at the limit", GREY)),
         percent=True,
     ),
     Panel(
@@ -121,7 +121,6 @@ PANELS = (
     ),
     Panel("Rollout throughput", (("rollout/tokens_per_second", "tokens/s", GREY),)),
     Panel("Warm-up loss", (("loss/nll", "nats per token", RED),), phase="warmup"),
-    Panel("Accuracy during warm-up", (("eval/accuracy", "held out", GREEN),), phase="warmup", percent=True),
 )
 CHANGES = (  # rows of the summary: name, train metric, format
     ("Training reward", "reward/mean", ".3f"),
@@ -131,7 +130,7 @@ CHANGES = (  # rows of the summary: name, train metric, format
     ("Mean ratio, A < 0", "loss/ratio_neg", ".4f"),
     ("Hard-clipped tokens, A > 0", "loss/clip_fraction_pos", ".2%"),
     ("Hard-clipped tokens, A < 0", "loss/clip_fraction_neg", ".2%"),
-    ("Repetitive responses", "rollout/repetition", ".1%"),
+    ("4-grams repeated in a response", "rollout/repetition", ".1%"),
     ("Response length, tokens", "rollout/response_length", ".0f"),
     ("Gradient norm", "optimizer/grad_norm", ".3g"),
 )
@@ -222,10 +221,14 @@ def _accuracy_rows(records: list[Record]) -> list[tuple[str, str]]:
     if first == last:
         return [(f"Held-out accuracy, step {last}", text(last))]
     best = max(evaluated, key=accuracy.__getitem__)
-    return [
+    rows = [
         (f"Held-out accuracy, step {first} → {last}", f"{text(first)} → {text(last)}"),
         ("Best held-out accuracy", f"{text(best)} at step {best}"),
     ]
+    greedy = series(records, "eval", "eval/greedy_accuracy")
+    if first in greedy and last in greedy:
+        rows.append(("Greedy held-out accuracy", f"{greedy[first]:.1%} → {greedy[last]:.1%}"))
+    return rows
 
 
 def _figure(records: list[Record], theme: str) -> bytes:

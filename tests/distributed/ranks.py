@@ -1,0 +1,136 @@
+"""Real ranks for tests: forked from one process that has imported torch and Megatron once.
+
+Importing takes a rank about ten seconds, forking none; so each test has a world of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from torch import Tensor
+
+from megatron_aspo.config import (
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_aspo.launch import _die_with_parent, _free_port
+from megatron_aspo.policy.trainer import Policy
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["megatron_aspo.train"])
+
+# No weight of a tiny model in float32 moves by a step of this size, so a test can take many from one state.
+FROZEN = OptimizerConfig(lr=1e-30, lr_warmup_updates=0, weight_decay=0.0)
+
+
+def run_config(parallel: ParallelConfig | None = None, **sections: Any) -> RunConfig:
+    """A model of 25 thousand parameters whose next-token distributions are far from uniform."""
+    config = RunConfig(
+        name="test",
+        model=ModelConfig(hidden_size=32, ffn_hidden_size=64, max_sequence_length=64, init_std=0.3),
+        parallel=parallel or ParallelConfig(),
+        rollout=RolloutConfig(max_response_tokens=12),
+        optimizer=FROZEN,
+        train=TrainConfig(max_tokens_per_micro_batch=1024),
+    )
+    return replace(config, **sections)
+
+
+def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+    """`function(*args)` on each rank of a new world; what the ranks returned, in order.
+
+    Raises:
+        AssertionError: with the rank's traceback and output, if one failed or did not end in time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (world_size, _free_port(), Path(folder), function, args)
+        processes = [_context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world_size)]
+        for process in processes:
+            process.start()
+        try:
+            deadline = time.monotonic() + timeout
+            while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+                assert time.monotonic() < deadline, f"no result after {timeout} s\n{_outputs(folder)}"
+                time.sleep(0.02)
+            assert not any(p.exitcode for p in processes), _outputs(folder)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)
+        ]
+
+
+def _rank(rank: int, world_size: int, port: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
+    _die_with_parent()
+    output = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.save(function(*args), folder / f"{rank}.pt")
+
+
+def _outputs(folder: str) -> str:
+    texts = ((path.stem, path.read_text()) for path in sorted(Path(folder).glob("*.txt")))
+    return "".join(f"--- rank {rank}\n{text[-20000:]}\n" for rank, text in texts)
+
+
+def full_gradients(policy: Policy) -> dict[str, Tensor]:
+    """Gradients of whole parameters by name, on every rank, after a backward pass and before the optimizer's step."""
+    group = parallel_state.get_data_parallel_group()
+    for buffer in policy.model.buffers:
+        for bucket in buffer.buckets:  # the reduce-scatter left this rank's part valid
+            mine = bucket.grad_data.chunk(policy.dp_size)[policy.dp_rank].clone()
+            dist.all_gather_single(bucket.grad_data, mine, group=group)
+    weights = [parameter.detach().clone() for parameter in policy.model.parameters()]
+    policy._assign([parameter.main_grad for parameter in policy.model.parameters()])
+    gradients = full_tensors(policy)
+    policy._assign(weights)
+    return gradients
+
+
+def full_tensors(policy: Policy) -> dict[str, Tensor]:
+    """Whole parameters by name, put together on every rank as Megatron's own checkpoint map says.
+
+    What several ranks hold must be the same on all of them.
+    """
+    state: dict[str, Any] = policy.model.module.sharded_state_dict()
+    apply_factories(state)
+    shards = [t for t in nested_values(state) if isinstance(t, ShardedTensor)]
+    mine = [(t.key, t.global_shape, t.global_slice(), t.data.detach().clone()) for t in shards]
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    whole: dict[str, Tensor] = {}
+    for key, shape, where, values in itertools.chain(*everyones):
+        tensor = whole.setdefault(key, torch.full(shape, torch.nan))
+        if not tensor[where].isnan().all():
+            torch.testing.assert_close(tensor[where], values, rtol=1e-6, atol=1e-9, msg=lambda m: f"{key}: {m}")
+        tensor[where] = values
+    return whole

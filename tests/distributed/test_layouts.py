@@ -1,0 +1,167 @@
+"""The same batch and weights give the same update, however model and batch are spread over ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import full_gradients, run, run_config
+from torch import Tensor
+
+from megatron_aspo.config import ModelConfig, ParallelConfig, PolicyLossConfig, TrainConfig
+from megatron_aspo.distributed import distributed
+from megatron_aspo.policy import checkpoint
+from megatron_aspo.policy.trainer import Policy, UpdateMetrics
+from megatron_aspo.types import Prompt, Sample
+
+pytestmark = pytest.mark.distributed
+
+VOCAB = 128
+TIED = replace(run_config().model, tie_embeddings=True)
+_BOTH = {"kl_coef": 0.1, "entropy_coef": 0.01}
+LOSSES = {
+    "aspo": PolicyLossConfig(**_BOTH),
+    "aspo, mean of means": PolicyLossConfig(aggregation="seq-mean-token-mean", **_BOTH),
+    "aspo, mean of sums": PolicyLossConfig(aggregation="seq-mean-token-sum", **_BOTH),
+    "aspo, sums by a constant": PolicyLossConfig(aggregation="seq-mean-token-sum-norm", norm_length=12, **_BOTH),
+    "aspo, entropy split": PolicyLossConfig(entropy_quantile=0.8, **_BOTH),
+    "grpo": PolicyLossConfig(objective="grpo", kl_coef=0.1, kl_estimator="k1"),
+    "no_is": PolicyLossConfig(objective="no_is", kl_coef=0.1, kl_estimator="k2"),
+    "response_mean_is": PolicyLossConfig(objective="response_mean_is"),
+    "cispo": PolicyLossConfig(objective="cispo"),
+    "gspo": PolicyLossConfig(objective="gspo", aggregation="seq-mean-token-mean"),
+    "sapo": PolicyLossConfig(objective="sapo"),
+}
+ARRANGEMENTS = {
+    "one stream": (TrainConfig(max_tokens_per_micro_batch=1024), ["aspo, entropy split"]),
+    "several streams": (TrainConfig(max_tokens_per_micro_batch=100), list(LOSSES)),
+    "a stream per sample": (TrainConfig(packing=False, max_tokens_per_micro_batch=64), ["aspo", "gspo"]),
+}
+"""How the batch is cut into micro-batches, and the losses that are tried so."""
+
+REFERENCE = {"one stream": (ARRANGEMENTS["one stream"][0], list(LOSSES))}
+LAYOUTS = {
+    "alone": (1, ParallelConfig()),
+    "dp2": (2, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tensor=2)),
+    "tp2-sp": (2, ParallelConfig(tensor=2, sequence_parallel=True)),
+    "pp2": (2, ParallelConfig(pipeline=2)),
+    "dp2-tp2": (4, ParallelConfig(tensor=2)),
+    "dp2-tp2-sp": (4, ParallelConfig(tensor=2, sequence_parallel=True)),
+    "dp2-pp2": (4, ParallelConfig(pipeline=2)),
+    "tp2-pp2": (4, ParallelConfig(tensor=2, pipeline=2)),
+    "tp2-pp2-sp": (4, ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True)),
+}
+
+
+def make_samples() -> list[Sample]:
+    """23 samples (no multiple of a rank count), one of them without a response, some with advantage 0."""
+    rng = np.random.default_rng(0)
+    samples: list[Sample] = []
+    for i in range(23):
+        length = 0 if i == 5 else int(rng.integers(1, 15))
+        prompt = Prompt(i, "", tuple(rng.integers(VOCAB, size=rng.integers(1, 13)).tolist()), {})
+        sample = Sample(prompt, i // 4, tuple(rng.integers(VOCAB, size=length).tolist()), "stop")
+        sample.advantage = 0.0 if i % 7 == 3 else float(rng.normal())
+        sample.rollout_logprobs = rng.normal(-4, 1, length).astype(np.float32)
+        samples.append(sample)
+    return samples
+
+
+def write_weights(folder: Path, model: ModelConfig) -> None:
+    """Three policies so far apart that their ratios reach every region of the clips."""
+    config = run_config(model=model)
+    with distributed(config):
+        policy = Policy(config, VOCAB)
+        generator = torch.Generator().manual_seed(1)
+        for name in ("reference", "old", "current"):
+            with torch.no_grad():
+                for parameter in policy.model.parameters():
+                    parameter += 0.08 * torch.randn(parameter.shape, generator=generator)
+            checkpoint.save_weights(folder / name, policy)
+
+
+def take_updates(folder: Path, model: ModelConfig, parallel: ParallelConfig, arrangements: Any) -> dict[Any, Any]:
+    """(arrangement, loss) -> (metrics, gradients of whole parameters by name) of one update."""
+    config = run_config(parallel, model=model)
+    updates: dict[Any, Any] = {}
+    with distributed(config):
+        policy = Policy(config, VOCAB)
+        checkpoint.load_weights(folder / "reference", policy)
+        policy.keep_reference()
+        gradients: list[dict[str, Tensor]] = []
+        step = policy.optimizer.step
+
+        def step_after_a_look() -> Any:
+            gradients.append(full_gradients(policy))
+            return step()
+
+        policy.optimizer.step = step_after_a_look
+        for arrangement, (train, losses) in arrangements.items():
+            policy.config = replace(config, train=train)
+            batches = policy.pack(make_samples())
+            checkpoint.load_weights(folder / "old", policy)
+            policy.fill_logprobs(batches, "old_logprobs")
+            policy.fill_logprobs(batches, "ref_logprobs")
+            checkpoint.load_weights(folder / "current", policy)
+            for name in losses:
+                metrics = UpdateMetrics()
+                policy.train_step(batches, LOSSES[name], metrics)
+                updates[arrangement, name] = metrics.reduce(), gradients.pop()
+    return updates
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    run(1, write_weights, folder, run_config().model)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(weights: Path) -> dict[Any, Any]:
+    return run(1, take_updates, weights, run_config().model, ParallelConfig(), REFERENCE)[0]
+
+
+def check_updates(updates: list[dict[Any, Any]], reference: dict[Any, Any]) -> None:
+    for (arrangement, loss), (metrics, gradients) in updates[0].items():
+        where = f"{loss}, {arrangement}"
+        expected_metrics, expected_gradients = reference["one stream", loss]
+        assert all(other[arrangement, loss][0] == metrics for other in updates[1:]), where
+        assert metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-6), where
+        assert gradients.keys() == expected_gradients.keys(), where
+        for name, expected in expected_gradients.items():
+            error = float((gradients[name] - expected).abs().max() / expected.abs().max())
+            assert error < 1e-5, f"{where}: {name} is off by {error:.1e} of its largest gradient"
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5), where
+
+
+def test_the_batch_reaches_every_region_of_the_clips(reference: dict[Any, Any]) -> None:
+    metrics, _ = reference["one stream", "aspo"]
+    for sign in ("pos", "neg"):
+        hard, soft = metrics[f"clip_fraction_{sign}"], metrics[f"soft_clip_fraction_{sign}"]
+        assert hard > 0.1
+        assert soft > 0.1
+        assert hard + soft < 0.9
+    different = {round(reference["one stream", loss][0]["grad_norm"], 6) for loss in LOSSES}
+    assert len(different) == len(LOSSES)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_update_is_the_same_at(layout: str, weights: Path, reference: dict[Any, Any]) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    updates = run(ranks, take_updates, weights, run_config().model, parallel, ARRANGEMENTS)
+    check_updates(updates, reference)
+
+
+def test_an_update_of_tied_embeddings_is_the_same_at_two_stages(tmp_path: Path) -> None:
+    run(1, write_weights, tmp_path, TIED)
+    (reference,) = run(1, take_updates, tmp_path, TIED, ParallelConfig(), REFERENCE)
+    updates = run(2, take_updates, tmp_path, TIED, ParallelConfig(pipeline=2), ARRANGEMENTS)
+    check_updates(updates, reference)

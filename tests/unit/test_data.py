@@ -1,0 +1,93 @@
+"""The stream of training prompts and the held-out set, over the real reasoning-gym."""
+
+from typing import Any
+
+import pytest
+
+from megatron_aspo.config import DataConfig
+from megatron_aspo.data import ReasoningGymPrompts
+from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.reasoning_gym import score
+from megatron_aspo.tokenizer import AsciiTokenizer
+from megatron_aspo.types import Sample
+
+TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
+ONE_DIGIT = {**TWO_DIGITS, "min_digits": 1, "max_digits": 1}
+
+
+def prompts_of(max_tokens: int = 64, **fields: Any) -> ReasoningGymPrompts:
+    fields = {"task_args": TWO_DIGITS, "prompt_template": "{expression} =", "eval_prompts": 32, **fields}
+    return ReasoningGymPrompts(DataConfig(**fields), AsciiTokenizer(), max_tokens)
+
+
+def test_the_stream_is_the_seeds() -> None:
+    first, again, other = (prompts_of(seed=seed) for seed in (0, 0, 5))
+    drawn = first.draw(20)
+    assert drawn == again.draw(20)
+    assert drawn != other.draw(20)
+    assert first.held_out == again.held_out == other.held_out
+    assert first.draw(5) != drawn[:5]
+    assert len({p.id for p in drawn + first.held_out}) == 20 + 32
+
+
+def test_pieces_are_the_whole_and_a_position_resumes() -> None:
+    whole = prompts_of().draw(12)
+    source = prompts_of()
+    start = source.draw(5)
+    state = source.state_dict()
+    assert start + source.draw(7) == whole
+    resumed = prompts_of()
+    resumed.load_state_dict(state)
+    assert resumed.draw(7) == whole[5:]
+
+
+def test_held_out_problems_never_occur_in_training() -> None:
+    """A good part of all one-digit sums is held out; a thousand draws hit the other ones alone."""
+    source = prompts_of(task_args=ONE_DIGIT, eval_prompts=40)
+    held_out = {p.text for p in source.held_out}
+    drawn = source.draw(1000)
+    assert len(drawn) == 1000
+    assert held_out.isdisjoint(p.text for p in drawn)
+    assert source.position > 1000  # some were skipped
+    assert [p.id for p in source.held_out] == [-1 - i for i in range(40)]
+
+
+def test_nothing_outside_the_held_out_set() -> None:
+    source = prompts_of(task="chain_sum", task_args=ONE_DIGIT, eval_prompts=3000)
+    with pytest.raises(UserError, match=r"no problem outside the held-out set; lower data\.eval_prompts"):
+        source.draw(2000)
+
+
+def test_a_right_answer_scores_one() -> None:
+    source = prompts_of()
+    tokenizer = AsciiTokenizer()
+    for prompt in source.draw(10):
+        a, operator, b = prompt.text.removesuffix(" =").split()
+        assert tokenizer.decode(prompt.token_ids) == prompt.text
+        answer = int(a) + int(b) if operator == "+" else int(a) - int(b)
+        assert prompt.entry["answer"] == str(answer)
+        texts = [f" {answer}\n", str(answer + 1), "", f"it is {answer}"]
+        samples = [Sample(prompt, 0, (), "stop", text=text) for text in texts]
+        score(samples)
+        right, *wrong = (s.reward for s in samples)
+        assert right == 1
+        assert max(wrong) < 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"task": "chain_sums"}, "no task 'chain_sums'"),
+        ({"task_args": {"min_term": 2}}, r"data\.task_args do not fit reasoning-gym's chain_sum: .*min_term"),
+        ({"task_args": {"min_terms": 5, "max_terms": 2}}, r"data\.task_args do not fit"),
+        ({"task_args": {"seed": 3}}, r"data\.task_args do not fit"),
+        ({"prompt_template": "{expresion}"}, r"data\.prompt_template: KeyError 'expresion'; .*expression"),
+        ({"prompt_template": "{"}, r"data\.prompt_template: ValueError"),
+        ({"prompt_template": "{}"}, r"data\.prompt_template: IndexError"),
+        ({"prompt_template": "{question} →"}, "knows ASCII only"),
+        ({"max_tokens": 4}, r"tokens, 4 fit beside the response; raise model\.max_sequence_length"),
+    ],
+)
+def test_refuses(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prompts_of(**fields)

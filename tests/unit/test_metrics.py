@@ -1,0 +1,48 @@
+"""What is said of a batch of responses, against counting by hand."""
+
+import pytest
+
+from megatron_aspo.metrics import repetition, sample_metrics
+from megatron_aspo.types import Prompt, Sample
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [
+        ([], 0),
+        ([1, 1, 1], 0),
+        ([1, 1, 1, 1], 0),
+        ([1, 1, 1, 1, 1], 1 / 2),
+        ([1] * 13, 9 / 10),
+        ([1, 2, 3, 4, 5, 6, 7, 8], 0),
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),  # 1234 2341 3412 4123 1234
+        ([1, 2] * 4, 3 / 5),
+    ],
+)
+def test_repetition(tokens: list[int], share: float) -> None:
+    assert repetition(tokens) == pytest.approx(share)
+    assert repetition(tuple(tokens)) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "reward", "accuracy"),
+    [("rollout", "reward/mean", "reward/accuracy"), ("eval", "eval/reward", "eval/accuracy")],
+)
+def test_sample_metrics(prefix: str, reward: str, accuracy: str) -> None:
+    prompt = Prompt(0, "", (1,), {})
+    samples = [
+        Sample(prompt, 0, (1,) * 5, "stop", reward=1.0),
+        Sample(prompt, 0, (1, 2, 3), "length", reward=0.25),
+        Sample(prompt, 0, (1, 2), "stop", reward=0.0),
+        Sample(prompt, 0, (), "length", reward=0.99),
+    ]
+    assert sample_metrics(samples, prefix) == pytest.approx(
+        {
+            reward: 2.24 / 4,
+            accuracy: 1 / 4,
+            f"{prefix}/response_length": 10 / 4,
+            f"{prefix}/truncated": 2 / 4,
+            f"{prefix}/repetition": 0.5 / 4,
+            f"{prefix}/count": 4,
+        }
+    )
