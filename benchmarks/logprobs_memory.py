@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_aspo.loss import vocab_parallel_logprobs
 
@@ -46,8 +47,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    leaves, _ = torch.utils._pytree.tree_flatten(value)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def measure(rank: int, world_size: int, port: int, tokens: int, vocab: int) -> None:
@@ -62,6 +62,7 @@ def measure(rank: int, world_size: int, port: int, tokens: int, vocab: int) -> N
     dist.all_gather_single = lambda out, own, group=None: (calls.append(own.nbytes), gather(out, own, group=group))[1]
     with PeakBytes() as memory:
         logprobs, entropy = vocab_parallel_logprobs(logits, targets, dist.group.WORLD)
+        assert entropy is not None
         forward_peak, forward_calls = memory.peak, len(calls)
         (logprobs.sum() + 0 * entropy.sum()).backward()
     if rank == 0:

@@ -68,9 +68,7 @@ class PolicyLossConfig:
             self.entropy_quantile is None or 0 <= self.entropy_quantile <= 1,
             f"entropy_quantile={self.entropy_quantile} must lie in [0, 1]",
         )
-        _require(
-            0 <= self.high_entropy_clip < 1, f"high_entropy_clip={self.high_entropy_clip} must lie in [0, 1)"
-        )
+        _require(0 <= self.high_entropy_clip < 1, f"high_entropy_clip={self.high_entropy_clip} must lie in [0, 1)")
         _require(self.sapo_tau_pos > 0 and self.sapo_tau_neg > 0, "sapo_tau_pos and sapo_tau_neg must be > 0")
         _require(self.kl_coef >= 0, f"kl_coef={self.kl_coef} must be >= 0")
         _require(self.norm_length is None or self.norm_length > 0, "norm_length must be > 0")
@@ -96,8 +94,7 @@ class ModelConfig:
         _require_positive(self, "num_query_groups", "max_sequence_length", "rotary_base", "init_std")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size={self.hidden_size} is not a multiple of "
-            f"num_attention_heads={self.num_attention_heads}",
+            f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}",
         )
         _require(
             self.num_attention_heads % self.num_query_groups == 0,
@@ -177,8 +174,7 @@ class RolloutConfig:
         _require_positive(self, "prompts_per_step", "max_response_tokens", "max_rounds", "batch_size")
         _require(
             self.responses_per_prompt >= 2,
-            f"responses_per_prompt={self.responses_per_prompt} must be >= 2: "
-            "group-relative advantages need a group",
+            f"responses_per_prompt={self.responses_per_prompt} must be >= 2: group-relative advantages need a group",
         )
         _require(
             self.temperature > 0,
@@ -208,9 +204,7 @@ class TrainConfig:
     ratio_tolerance: float = 1e-5
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self, "mini_batch_prompts", "epochs", "max_tokens_per_micro_batch", "ratio_tolerance"
-        )
+        _require_positive(self, "mini_batch_prompts", "epochs", "max_tokens_per_micro_batch", "ratio_tolerance")
         _require(self.steps >= 0, f"steps={self.steps} must be >= 0")
 
 
@@ -345,9 +339,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path}: {' '.join(str(error).split())}; fix the YAML or the override"
-        ) from None
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}; fix the YAML or the override") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a mapping of sections; see examples/ for ones that run")
     config = _from_mapping(RunConfig, typing.cast("Mapping[str, Any]", values), "")
@@ -423,9 +415,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{path}={value!r} should be a section with fields of its own")
-        return _from_mapping(
-            typing.cast("type[Any]", hint), typing.cast("Mapping[str, Any]", value), f"{path}."
-        )
+        return _from_mapping(typing.cast("type[Any]", hint), typing.cast("Mapping[str, Any]", value), f"{path}.")
     if origin is types.UnionType:  # the only unions here are `X | None`
         return None if value is None else _convert(arguments[0], value, path)
     if origin is Literal:

@@ -14,7 +14,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_local(module: str, arguments: list[str], ranks: int) -> int:
-    """Run `module.main()` with `arguments` on the command line, as `ranks` processes with torch.distributed's environment.
+    """Run `module.main()` in `ranks` processes, with `arguments` on the command line and torchrun's environment.
 
     Returns 0 when all succeed, else the exit code of the first rank that failed (1 for a signal); the others are
     ended. If this process dies, whatever the cause, its ranks die too: none goes on writing behind the back

@@ -14,9 +14,7 @@ def sample_metrics(samples: Sequence[Sample], prefix: str) -> dict[str, float]:
     length limit, and repetition: the share of a response's 4-grams that occurred in it before."""
     count = len(samples)
     reward, accuracy = (
-        ("reward/mean", "reward/accuracy")
-        if prefix == "rollout"
-        else (f"{prefix}/reward", f"{prefix}/accuracy")
+        ("reward/mean", "reward/accuracy") if prefix == "rollout" else (f"{prefix}/reward", f"{prefix}/accuracy")
     )
     return {
         reward: sum(s.reward for s in samples) / count,

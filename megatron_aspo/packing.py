@@ -42,17 +42,10 @@ def pack(
     lengths = [sample.length for sample in samples]
     if samples and _round_up(max(lengths), multiple) > max_tokens:
         raise ValueError(f"a sample of {max(lengths)} tokens exceeds max_tokens={max_tokens}")
-    bins = (
-        _one_per_bin(len(samples), dp_size)
-        if one_per_row
-        else _balance(lengths, dp_size, max_tokens, multiple)
-    )
+    bins = _one_per_bin(len(samples), dp_size) if one_per_row else _balance(lengths, dp_size, max_tokens, multiple)
     totals = [_round_up(max(sum(lengths[i] for i in chosen), 1), multiple) for chosen in bins]
     mine = range(dp_rank, len(bins), dp_size)
-    return [
-        _build([samples[i] for i in bins[b]], max(totals) if equal_length else totals[b], device)
-        for b in mine
-    ]
+    return [_build([samples[i] for i in bins[b]], max(totals) if equal_length else totals[b], device) for b in mine]
 
 
 def _balance(lengths: Sequence[int], dp_size: int, max_tokens: int, multiple: int) -> list[list[int]]:

@@ -164,17 +164,13 @@ def summary_rows(records: list[Record]) -> list[tuple[str, str]]:
     for name, key, spec in CHANGES:
         if values := _finite(series(records, "train", key)):
             tenth = math.ceil(len(values) / 10)
-            before, after = (
-                format(statistics.fmean(part), spec) for part in (values[:tenth], values[-tenth:])
-            )
+            before, after = (format(statistics.fmean(part), spec) for part in (values[:tenth], values[-tenth:]))
             rows.append((name, f"{before} → {after}" if len(values) > 1 else after))
     if grad_norms := _finite(series(records, "train", "optimizer/grad_norm")):
         rows.append(("Largest gradient norm", f"{max(grad_norms):.3g}"))
     rows.append(("Train steps", str(max(r["step"] for r in records if r["phase"] == "train"))))
     if times := _finite(series(records, "train", "time/step")):
-        rows.append(
-            ("Time in train steps", f"{duration(sum(times))}, median {statistics.median(times):.2f} s")
-        )
+        rows.append(("Time in train steps", f"{duration(sum(times))}, median {statistics.median(times):.2f} s"))
     if missing := sum(value is None for r in records for value in r.values()):
         rows.append(("Values that were not finite", str(missing)))
     return rows
@@ -298,9 +294,7 @@ def _plot_panel(axes: "Axes", panel: Panel, records: list[Record]) -> None:
             continue
         if panel.phase == "eval":
             low, high = _error_bars(points, series(records, "eval", "eval/count"))
-            axes.errorbar(
-                steps, values, (low, high), color=colour, label=label, marker="o", ms=4, capsize=2.5
-            )
+            axes.errorbar(steps, values, (low, high), color=colour, label=label, marker="o", ms=4, capsize=2.5)
         elif len(values) < 10:
             axes.plot(steps, values, color=colour, label=label, marker="o", ms=3.5)
         else:

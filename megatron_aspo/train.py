@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch.distributed as dist
@@ -92,7 +93,9 @@ def sample_groups(
     while len(kept) < rollout.prompts_per_step and rounds < (rollout.max_rounds if rollout.dynamic_sampling else 1):
         missing = rollout.prompts_per_step - len(kept)
         with clock("rollout"):
-            samples = engine.generate(prompts.draw(missing), size, rollout.temperature, first_group=len(sampled) // size)
+            samples = engine.generate(
+                prompts.draw(missing), size, rollout.temperature, first_group=len(sampled) // size
+            )
         with clock("reward"):
             score(samples)
         groups = [samples[i : i + size] for i in range(0, len(samples), size)]
@@ -115,7 +118,7 @@ def split_into_mini_batches(groups: Sequence[list[Sample]], config: RunConfig) -
     """As many mini-batches as a full step has, of whole groups and equal size up to one; empty ones are left out."""
     count = math.ceil(config.rollout.prompts_per_step / config.train.mini_batch_prompts)
     bounds = [round(i * len(groups) / count) for i in range(count + 1)]
-    parts = (groups[a:b] for a, b in zip(bounds, bounds[1:], strict=False))
+    parts = (groups[a:b] for a, b in pairwise(bounds))
     return [[sample for group in part for sample in group] for part in parts if part]
 
 
@@ -146,9 +149,7 @@ def find_resume(config: RunConfig) -> Path | None:
         return existing[-1] if existing else None
     if resume == "never":
         if existing:
-            raise UserError(
-                f"{root} already has checkpoints; continue with --resume auto, or choose another name=..."
-            )
+            raise UserError(f"{root} already has checkpoints; continue with --resume auto, or choose another name=...")
         return None
     return Path(resume)
 

@@ -67,7 +67,7 @@ def make_demonstrations(prompts: list[Prompt], wrong_fraction: float, rng: np.ra
         answer = str(prompt.entry["answer"])
         if wrong[index]:
             answer = _slip(answer, rng) or str(prompts[(index + 1) % len(prompts)].entry["answer"])
-        token_ids = tokenizer.encode(answer) + (tokenizer.eos_id,)
+        token_ids = (*tokenizer.encode(answer), tokenizer.eos_id)
         samples.append(Sample(prompt, group=index, token_ids=token_ids, finish_reason="stop", advantage=1.0))
     return samples
 

@@ -49,8 +49,7 @@ def vocab_parallel_logprobs(
     """
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
-            f"targets has shape {list(targets.shape)}, logits {list(logits.shape)}: "
-            f"expected {list(logits.shape[:-1])}"
+            f"targets has shape {list(targets.shape)}, logits {list(logits.shape)}: expected {list(logits.shape[:-1])}"
         )
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be integer token ids, not {targets.dtype}")
@@ -105,12 +104,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             if grad_entropy is None:
                 grad = p
             else:
-                grad = (
-                    log_p.clamp_(min=_NEVER)
-                    .add_(entropy[chunk, None])
-                    .mul_(p)
-                    .mul_(-grad_entropy[chunk, None])
-                )
+                grad = log_p.clamp_(min=_NEVER).add_(entropy[chunk, None]).mul_(p).mul_(-grad_entropy[chunk, None])
             if grad_logprobs is not None:
                 d = grad_logprobs[chunk].to(p.dtype)
                 grad = p.mul_(-d[:, None]) if grad_entropy is None else grad.addcmul_(p, d[:, None], value=-1)
@@ -130,9 +124,7 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return copy.div_(temperature) if temperature != 1 else copy
 
 
-def _local_targets(
-    targets: Tensor, vocab_shard: int, tp_group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
+def _local_targets(targets: Tensor, vocab_shard: int, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Targets as indices into this rank's shard (0 where another rank owns them), and which ones it owns."""
     first = vocab_shard * (dist.get_rank(tp_group) if tp_group is not None else 0)
     local = targets - first

@@ -142,9 +142,7 @@ def _outside_clip(ratio: Tensor, x: TokenInputs) -> Tensor:
 
 def _ppo_clip(ratio: Tensor, x: TokenInputs, dual_clip: float | None) -> TokenTerms:
     clipped = _outside_clip(ratio, x)
-    value = torch.maximum(
-        -x.advantages * ratio, -x.advantages * torch.clamp(ratio, 1 - x.clip_low, 1 + x.clip_high)
-    )
+    value = torch.maximum(-x.advantages * ratio, -x.advantages * torch.clamp(ratio, 1 - x.clip_low, 1 + x.clip_high))
     if dual_clip is not None:
         negative = x.advantages < 0
         clipped = clipped | (negative & (ratio > dual_clip))

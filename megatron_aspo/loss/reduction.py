@@ -239,9 +239,7 @@ def _check_inputs(logprobs: Tensor, config: PolicyLossConfig, **others: Tensor |
         )
     for name, tensor in others.items():
         if tensor is not None and tensor.shape != logprobs.shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, logprobs {list(logprobs.shape)}: they must agree"
-            )
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, logprobs {list(logprobs.shape)}: they must agree")
     sequence_ids = others["sequence_ids"]
     if sequence_ids is not None and (sequence_ids.is_floating_point() or sequence_ids.dtype == torch.bool):
         raise ValueError(f"sequence_ids must be integers, not {sequence_ids.dtype}")

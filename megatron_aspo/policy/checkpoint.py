@@ -159,12 +159,13 @@ def _sharded_state(policy: Policy, with_optimizer: bool, is_loading: bool = Fals
 
 def _load_sharded(state: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(state, str(path))
+        loaded: Any = dist_checkpointing.load(state, str(path))
+        return loaded
     except (dist_checkpointing.core.CheckpointingException, OSError, EOFError) as error:
         raise UserError(f"cannot read checkpoint {path}: {error}; resume from an older one") from None
 
 
-def _load_optimizer(policy: Policy, state: dict[str, Any]) -> None:
+def _load_optimizer(policy: Policy, state: dict[Any, Any]) -> None:
     """What `DistributedOptimizer.load_state_dict` should do when neither TE nor apex is there.
 
     Without them torch's AdamW keeps a `step` tensor per parameter. Megatron-Core 0.19.2 restores one tensor that
@@ -199,7 +200,7 @@ def _rng_state() -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),  # the CPU generator's where there is no GPU
-        "megatron": get_cuda_rng_tracker().get_states(),
+        "megatron": _megatron_rng().get_states(),
     }
 
 
@@ -208,7 +209,11 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
+    _megatron_rng().set_states(state["megatron"])
+
+
+def _megatron_rng() -> Any:
+    return get_cuda_rng_tracker()
 
 
 def _layout(policy: Policy) -> dict[str, int]:

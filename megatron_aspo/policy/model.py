@@ -132,6 +132,4 @@ def _block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
     layer: Any = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = cpu.RMSNorm
     layer.self_attention.submodules.core_attention = cpu.PackedAttention
-    return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=cpu.RMSNorm
-    )
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=cpu.RMSNorm)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ class UpdateMetrics:
         if parallel_state.is_pipeline_last_stage() and self.sums:
             assert self.first_log_ratio is not None
             table = torch.stack(list(self.sums.values()))
-            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            group = cast("Any", parallel_state.get_data_parallel_group(with_context_parallel=True))
             dist.all_reduce(table, group=group)
             dist.all_reduce(self.first_log_ratio, op=dist.ReduceOp.MAX, group=group)
             means = {
@@ -87,9 +87,10 @@ class Policy:
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
         initialize_parallel(config.parallel, config.seed)
         self.config = config
-        self.model = build_model(config.model, config.parallel, vocab_size)
+        self.model: Any = build_model(config.model, config.parallel, vocab_size)
         self.model.config.finalize_model_grads_func = finalize_model_grads
-        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.tp_group: Any = parallel_state.get_tensor_model_parallel_group()
+        self.dp_group: Any = parallel_state.get_data_parallel_group()
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
@@ -101,7 +102,7 @@ class Policy:
     def reset_optimizer(self, config: OptimizerConfig) -> None:
         """A fresh optimizer and learning-rate schedule, as after the supervised warm-up."""
         model = self.config.model
-        self.optimizer = get_megatron_optimizer(
+        self.optimizer: Any = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
                 lr=config.lr,

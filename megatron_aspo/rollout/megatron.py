@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ class EmbeddedEngine:
 
     def _forward(self, tokens: Tensor, context: StaticInferenceContext) -> Tensor | None:
         """[b, s] -> logits of the last position [b, V] on the last pipeline stage, None on the others."""
-        model = self.policy.model.module
+        model: Any = self.policy.model.module
         rows, length = tokens.shape
         hidden_shape = (length, rows, self.policy.model.config.hidden_size)
         first = parallel_state.is_pipeline_first_stage()
@@ -185,7 +186,7 @@ class EmbeddedEngine:
         if self.policy.dp_size == 1:
             return [written]
         parts: list[list[tuple[int, Sample]]] = [[] for _ in range(self.policy.dp_size)]
-        dist.all_gather_object(parts, written, group=parallel_state.get_data_parallel_group())
+        dist.all_gather_object(parts, written, group=self.policy.dp_group)
         return parts
 
     @contextlib.contextmanager
@@ -193,7 +194,7 @@ class EmbeddedEngine:
         """Megatron's inference mode, and no sequence parallelism: one position cannot be split over ranks."""
         wrapped = self.policy.model
         wrapped.eval()
-        inner = wrapped.module
+        inner: Any = wrapped.module
         while hasattr(inner, "module"):
             inner = inner.module
         sequence_parallel = wrapped.config.sequence_parallel
@@ -207,9 +208,7 @@ class EmbeddedEngine:
                 set_model_to_sequence_parallel(inner, True)
 
 
-def sample_tokens(
-    logits: Tensor, temperature: float, top_p: float, uniform: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits: Tensor, temperature: float, top_p: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     """Next tokens [b] and their log-probs [b] from logits [b, V], by inverting the distribution function.
 
     Args:
