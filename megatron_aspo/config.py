@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,8 @@ class ModelConfig:
             f"num_attention_heads={self.num_attention_heads} is not a multiple of "
             f"num_query_groups={self.num_query_groups}",
         )
+        head = self.hidden_size // self.num_attention_heads
+        _require(head % 2 == 0, f"hidden_size / num_attention_heads = {head} must be even for rotary embeddings")
 
 
 @dataclass(frozen=True)
@@ -306,6 +309,7 @@ class RunConfig:
             self.name not in ("", ".", "..") and "/" not in self.name,
             f"name={self.name!r} must be a folder's name",
         )
+        _require(0 <= self.seed < 1 << 31, f"seed={self.seed} must lie in [0, 2^31)")
 
     @property
     def run_dir(self) -> Path:
@@ -328,7 +332,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # unlike Path's, it takes a name that is too long for one that is not there
         raise UserError(f"no configuration file at {path}; see examples/ for ones that run")
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -338,7 +342,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         loaded = OmegaConf.load(path)
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError, ValueError) as error:
+    except (YAMLError, OmegaConfBaseException, OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}; fix the YAML or the override") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a mapping of sections; see examples/ for ones that run")
@@ -478,9 +482,10 @@ def _check_together(config: RunConfig) -> None:
             f"rollout.max_response_tokens={rollout.max_response_tokens} leaves no room for a prompt in "
             f"model.max_sequence_length={model.max_sequence_length}; lower the first or raise the second"
         )
-    if train.max_tokens_per_micro_batch < model.max_sequence_length:
+    multiple = parallel.tensor if parallel.sequence_parallel else 1
+    longest = math.ceil(model.max_sequence_length / multiple) * multiple
+    if train.max_tokens_per_micro_batch < longest:
         raise UserError(
-            f"train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} is less than "
-            f"model.max_sequence_length={model.max_sequence_length}: a long sample would fit nowhere; "
-            "raise it"
+            f"train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} is less than {longest}, where "
+            f"a sample of model.max_sequence_length={model.max_sequence_length} tokens fits; raise it"
         )

@@ -59,7 +59,7 @@ class UpdateMetrics:
         if parallel_state.is_pipeline_last_stage() and self.sums:
             assert self.first_log_ratio is not None
             table = torch.stack(list(self.sums.values()))
-            group = cast("Any", parallel_state.get_data_parallel_group(with_context_parallel=True))
+            group : Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
             dist.all_reduce(table, group=group)
             dist.all_reduce(self.first_log_ratio, op=dist.ReduceOp.MAX, group=group)
             means = {
@@ -73,7 +73,7 @@ class UpdateMetrics:
             dist.broadcast_object_list(
                 carrier,
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
+                group=_pipeline_group(),
             )
             means = carrier[0]
         if self.grad_norms:
@@ -90,6 +90,7 @@ class Policy:
         self.model: Any = build_model(config.model, config.parallel, vocab_size)
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.tp_group: Any = parallel_state.get_tensor_model_parallel_group()
+        self.pp_group = _pipeline_group()
         self.dp_group: Any = parallel_state.get_data_parallel_group()
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
@@ -231,6 +232,10 @@ class Policy:
             return logits.new_zeros(()), batch.loss_mask.sum().int(), {"logprobs": logprobs}
 
         return model(**model_inputs(batch)), logprobs_of
+
+
+def _pipeline_group() -> Any:
+    return parallel_state.get_pipeline_model_parallel_group()
 
 
 def _row(values: Tensor | None) -> Tensor | None:

@@ -158,7 +158,7 @@ class EmbeddedEngine:
         dist.broadcast(
             both,
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
+            group=self.policy.pp_group,
         )
         return both[0].long(), both[1].float()
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -30,11 +31,16 @@ from megatron_aspo.config import (
     RunConfig,
     TrainConfig,
 )
+from megatron_aspo.distributed import distributed
 from megatron_aspo.launch import _die_with_parent, _free_port
+from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy
+from megatron_aspo.types import Prompt, Sample
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["megatron_aspo.train"])
+
+VOCAB = 128
 
 # No weight of a tiny model in float32 moves by a step of this size, so a test can take many from one state.
 FROZEN = OptimizerConfig(lr=1e-30, lr_warmup_updates=0, weight_decay=0.0)
@@ -100,6 +106,33 @@ def _rank(rank: int, world_size: int, port: int, folder: Path, function: Callabl
 def _outputs(folder: str) -> str:
     texts = ((path.stem, path.read_text()) for path in sorted(Path(folder).glob("*.txt")))
     return "".join(f"--- rank {rank}\n{text[-20000:]}\n" for rank, text in texts)
+
+
+def make_samples() -> list[Sample]:
+    """23 samples (no multiple of a rank count), one of them without a response, some with advantage 0."""
+    rng = np.random.default_rng(0)
+    samples: list[Sample] = []
+    for i in range(23):
+        length = 0 if i == 5 else int(rng.integers(1, 15))
+        prompt = Prompt(i, "", tuple(rng.integers(VOCAB, size=rng.integers(1, 13)).tolist()), {})
+        sample = Sample(prompt, i // 4, tuple(rng.integers(VOCAB, size=length).tolist()), "stop")
+        sample.advantage = 0.0 if i % 7 == 3 else float(rng.normal())
+        sample.rollout_logprobs = rng.normal(-4, 1, length).astype(np.float32)
+        samples.append(sample)
+    return samples
+
+
+def write_weights(folder: Path, model: ModelConfig) -> None:
+    """Three policies so far apart that their ratios reach every region of the clips."""
+    config = run_config(model=model)
+    with distributed(config):
+        policy = Policy(config, VOCAB)
+        generator = torch.Generator().manual_seed(1)
+        for name in ("reference", "old", "current"):
+            with torch.no_grad():
+                for parameter in policy.model.parameters():
+                    parameter += 0.08 * torch.randn(parameter.shape, generator=generator)
+            checkpoint.save_weights(folder / name, policy)
 
 
 def full_gradients(policy: Policy) -> dict[str, Tensor]:

@@ -7,21 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from ranks import full_gradients, run, run_config
+from ranks import VOCAB, full_gradients, make_samples, run, run_config, write_weights
 from torch import Tensor
 
 from megatron_aspo.config import ModelConfig, ParallelConfig, PolicyLossConfig, TrainConfig
 from megatron_aspo.distributed import distributed
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
-from megatron_aspo.types import Prompt, Sample
 
 pytestmark = pytest.mark.distributed
 
-VOCAB = 128
 TIED = replace(run_config().model, tie_embeddings=True)
 _BOTH = {"kl_coef": 0.1, "entropy_coef": 0.01}
 LOSSES = {
@@ -59,33 +56,6 @@ LAYOUTS = {
 }
 
 
-def make_samples() -> list[Sample]:
-    """23 samples (no multiple of a rank count), one of them without a response, some with advantage 0."""
-    rng = np.random.default_rng(0)
-    samples: list[Sample] = []
-    for i in range(23):
-        length = 0 if i == 5 else int(rng.integers(1, 15))
-        prompt = Prompt(i, "", tuple(rng.integers(VOCAB, size=rng.integers(1, 13)).tolist()), {})
-        sample = Sample(prompt, i // 4, tuple(rng.integers(VOCAB, size=length).tolist()), "stop")
-        sample.advantage = 0.0 if i % 7 == 3 else float(rng.normal())
-        sample.rollout_logprobs = rng.normal(-4, 1, length).astype(np.float32)
-        samples.append(sample)
-    return samples
-
-
-def write_weights(folder: Path, model: ModelConfig) -> None:
-    """Three policies so far apart that their ratios reach every region of the clips."""
-    config = run_config(model=model)
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        generator = torch.Generator().manual_seed(1)
-        for name in ("reference", "old", "current"):
-            with torch.no_grad():
-                for parameter in policy.model.parameters():
-                    parameter += 0.08 * torch.randn(parameter.shape, generator=generator)
-            checkpoint.save_weights(folder / name, policy)
-
-
 def take_updates(folder: Path, model: ModelConfig, parallel: ParallelConfig, arrangements: Any) -> dict[Any, Any]:
     """(arrangement, loss) -> (metrics, gradients of whole parameters by name) of one update."""
     config = run_config(parallel, model=model)
@@ -114,13 +84,6 @@ def take_updates(folder: Path, model: ModelConfig, parallel: ParallelConfig, arr
                 policy.train_step(batches, LOSSES[name], metrics)
                 updates[arrangement, name] = metrics.reduce(), gradients.pop()
     return updates
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("weights")
-    run(1, write_weights, folder, run_config().model)
-    return folder
 
 
 @pytest.fixture(scope="session")

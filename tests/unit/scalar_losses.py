@@ -65,9 +65,7 @@ def _ppo(r: float, advantage: float, low: float, high: float, c: float | None) -
     return r * kept, value
 
 
-def _aspo(
-    logprob: float, r: float, advantage: float, low: float, high: float, c: float
-) -> tuple[float, float]:
+def _aspo(logprob: float, r: float, advantage: float, low: float, high: float, c: float) -> tuple[float, float]:
     """The second table of the specification, row by row."""
     size = abs(advantage)
     if advantage > 0:

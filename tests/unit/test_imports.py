@@ -99,9 +99,7 @@ def relative(path: Path) -> str:
 
 def test_the_walk_sees_imports(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
-    module.write_text(
-        "import a.b as c\nif TYPE_CHECKING:\n    import numpy\ndef f():\n    from d.e import g, h\n"
-    )
+    module.write_text("import a.b as c\nif TYPE_CHECKING:\n    import numpy\ndef f():\n    from d.e import g, h\n")
     assert sorted(imports(module)) == ["a.b", "d.e.g", "d.e.h"]
     assert len(MODULES) > 25
 

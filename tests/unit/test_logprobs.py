@@ -69,9 +69,7 @@ def test_values_and_gradients(dtype: torch.dtype, chunk_size: int | None, temper
     assert logits.grad.dtype == dtype
     right = reference_gradient(logits, targets, temperature, *upstream)
     tolerance = 8e-3 if dtype == torch.bfloat16 else 10 * tolerance  # stored in the logits' type
-    torch.testing.assert_close(
-        logits.grad.double(), right, rtol=tolerance, atol=1e-5 if tolerance > 1e-6 else 1e-12
-    )
+    torch.testing.assert_close(logits.grad.double(), right, rtol=tolerance, atol=1e-5 if tolerance > 1e-6 else 1e-12)
 
 
 @pytest.mark.parametrize("which", [(True, False), (False, True), (True, True)], ids=str)
@@ -83,9 +81,7 @@ def test_gradcheck(which: tuple[bool, bool], temperature: float) -> None:
         both = whole(logits, targets, chunk_size=4, temperature=temperature)
         return tuple(part for part, wanted in zip(both, which, strict=True) if wanted)
 
-    assert torch.autograd.gradcheck(
-        chosen, (random_logits(2, 3, scale=1.0, dtype=torch.float64).requires_grad_(),)
-    )
+    assert torch.autograd.gradcheck(chosen, (random_logits(2, 3, scale=1.0, dtype=torch.float64).requires_grad_(),))
 
 
 def test_without_entropy() -> None:
@@ -371,9 +367,7 @@ def test_closure_passes_on_every_input() -> None:
 def test_closure_on_an_empty_micro_batch_keeps_the_graph() -> None:
     inputs: dict[str, Any] = closure_inputs(6) | {"loss_mask": torch.zeros(6, dtype=torch.bool)}
     leaf = inputs["logits"].clone().requires_grad_()
-    loss_sum, denominator, reported = megatron_loss_func(
-        **inputs | {"logits": leaf}, config=PolicyLossConfig()
-    )
+    loss_sum, denominator, reported = megatron_loss_func(**inputs | {"logits": leaf}, config=PolicyLossConfig())
     loss_sum.backward()
     assert leaf.grad is not None
     assert leaf.grad.eq(0).all()

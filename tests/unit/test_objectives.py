@@ -29,9 +29,7 @@ def config_of(objective: str, **fields: Any) -> PolicyLossConfig:
     return PolicyLossConfig(objective=objective, norm_length=7, **fields)  # type: ignore[arg-type]
 
 
-def random_batch(
-    rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> dict[str, Any]:
+def random_batch(rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """Every input of `policy_loss`: ratios on both sides of all clips, responses of different lengths."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -53,9 +51,7 @@ def random_batch(
     return {name: values.to(dtype) for name, values in batch.items()} | {"loss_mask": mask}
 
 
-def differentiate(
-    inputs: dict[str, Any], config: PolicyLossConfig
-) -> tuple[LossOutput, Tensor, Tensor | None]:
+def differentiate(inputs: dict[str, Any], config: PolicyLossConfig) -> tuple[LossOutput, Tensor, Tensor | None]:
     """The loss, and the gradients of its sum in the log-probs and the entropy."""
     leaves = {
         name: inputs[name].detach().clone().requires_grad_()
@@ -97,18 +93,12 @@ def test_reference_vectors(case: dict[str, Any], name: str) -> None:
     config = _vector_config(name, expect["params"])
     out, gradient, _ = differentiate(inputs, config)
     assert out.loss_sum.item() / out.denominator.item() == pytest.approx(expect["loss"], rel=1e-8)
-    torch.testing.assert_close(
-        gradient / out.denominator, tensor64(expect["dloss_dlogprobs"]), rtol=1e-8, atol=1e-10
-    )
+    torch.testing.assert_close(gradient / out.denominator, tensor64(expect["dloss_dlogprobs"]), rtol=1e-8, atol=1e-10)
 
     # The reference's fractions of hard clips are of all tokens, and its A = 0 tokens are as if A > 0.
     mask = inputs["loss_mask"] == 1
     hard = {sign: out.metrics[f"clip_fraction_{sign}"][0].item() for sign in ("pos", "neg")}
-    soft = {
-        sign: (a / b).item()
-        for sign in ("pos", "neg")
-        for a, b in [out.metrics[f"soft_clip_fraction_{sign}"]]
-    }
+    soft = {sign: (a / b).item() for sign in ("pos", "neg") for a, b in [out.metrics[f"soft_clip_fraction_{sign}"]]}
     aux = expect["aux"][0]["actor/pg_clipfrac"] if isinstance(expect["aux"][0], dict) else expect["aux"]
     if name.startswith("aspo"):
         if name != "aspo_entropy_split":
@@ -156,8 +146,7 @@ def _scalar_rows(inputs: dict[str, Any], config: PolicyLossConfig) -> list[list[
     for row, mask in enumerate(inputs["loss_mask"]):
         positions = mask.nonzero()[:, 0].tolist()
         response = [
-            tuple(inputs[name][row, t].item() for name in ("logprobs", "old_logprobs", "advantages"))
-            for t in positions
+            tuple(inputs[name][row, t].item() for name in ("logprobs", "old_logprobs", "advantages")) for t in positions
         ]
         entropy = [inputs["entropy"][row, t].item() for t in positions]
         low, high = [config.clip_low] * len(positions), [config.clip_high] * len(positions)
@@ -228,9 +217,7 @@ def test_micro_batches_add_up(objective: str, aggregation: str) -> None:
     assert sum(out.denominator.item() for out, _, _ in parts) == whole.denominator.item()
     torch.testing.assert_close(torch.cat([g for _, g, _ in parts]), whole_gradient, rtol=1e-12, atol=1e-15)
     for name, (total, count) in numbers(whole.metrics).items():
-        summed = [
-            sum(pair) for pair in zip(*(numbers(out.metrics)[name] for out, _, _ in parts), strict=True)
-        ]
+        summed = [sum(pair) for pair in zip(*(numbers(out.metrics)[name] for out, _, _ in parts), strict=True)]
         assert summed == pytest.approx([total, count], rel=1e-12), name
 
 
@@ -303,9 +290,7 @@ def test_only_the_policy_is_differentiated(objective: str) -> None:
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("dual_clip", [3.0, None])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_extreme_ratios_stay_finite_in_float32(
-    objective: str, dual_clip: float | None, estimator: str
-) -> None:
+def test_extreme_ratios_stay_finite_in_float32(objective: str, dual_clip: float | None, estimator: str) -> None:
     distance = torch.tensor([25.0, -25.0, 88.0, -120.0])
     inputs = {"logprobs": -130.0 + distance, "old_logprobs": torch.full((4,), -130.0)}
     inputs |= {"ref_logprobs": inputs["logprobs"] - distance.flip(0), "loss_mask": torch.ones(4)}
@@ -336,9 +321,7 @@ def test_extreme_ratios_stay_finite_in_float32(
         ("k3", lambda d: math.exp(-d) - 1 + d, lambda d: 1 - math.exp(-d)),
     ],
 )
-def test_kl_estimators(
-    estimator: str, value: Callable[[float], float], slope: Callable[[float], float]
-) -> None:
+def test_kl_estimators(estimator: str, value: Callable[[float], float], slope: Callable[[float], float]) -> None:
     """With A = 0 the loss is the KL term alone, differentiable in full: finite differences apply."""
     inputs = random_batch(3, 5) | {"advantages": torch.zeros(3, 5, dtype=torch.float64)}
     config = config_of("aspo", kl_coef=0.3, kl_estimator=estimator)
@@ -391,9 +374,7 @@ def test_quantile_is_torchs(q: float, dtype: torch.dtype) -> None:
     found = Responses.of(mask, None).quantile(values, mask, q)
     order = torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(2))
     ids = torch.arange(9)[:, None].expand_as(mask).flatten()[order]
-    stream = Responses.of(mask.flatten()[order], ids).quantile(
-        values.flatten()[order], mask.flatten()[order], q
-    )
+    stream = Responses.of(mask.flatten()[order], ids).quantile(values.flatten()[order], mask.flatten()[order], q)
     for row in range(9):
         expected = torch.quantile(values[row][mask[row]], q).expand(21)
         torch.testing.assert_close(found[row], expected, rtol=1e-6, atol=0)
@@ -439,9 +420,7 @@ def test_metrics_by_hand() -> None:
         "value": (out.loss_sum.item(), 7),
     }
     assert numbers(out.metrics) == {name: pytest.approx(pair) for name, pair in expected.items()}
-    by_hand = (
-        -3 * 2 * inputs["logprobs"][0].item() - 2 / 0.5 - 2 / 1.2 + 0.8 + 1 + 3 * inputs["logprobs"][5].item()
-    )
+    by_hand = -3 * 2 * inputs["logprobs"][0].item() - 2 / 0.5 - 2 / 1.2 + 0.8 + 1 + 3 * inputs["logprobs"][5].item()
     assert out.loss_sum.item() == pytest.approx(by_hand)
 
 

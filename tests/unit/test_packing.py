@@ -46,9 +46,7 @@ def test_a_stream_by_hand() -> None:
     assert batch.sequence_ids.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
     assert batch.cu_seqlens.tolist() == [0, 5, 9, 12]
     assert batch.max_seqlen == 5
-    dtypes = {
-        name: str(getattr(batch, name).dtype) for name in ("tokens", "labels", "cu_seqlens", "loss_mask")
-    }
+    dtypes = {name: str(getattr(batch, name).dtype) for name in ("tokens", "labels", "cu_seqlens", "loss_mask")}
     expected = {"tokens": "torch.int64", "labels": "torch.int64", "loss_mask": "torch.bool"}
     assert dtypes == expected | {"cu_seqlens": "torch.int32"}
     assert batch.old_logprobs is None
@@ -60,9 +58,7 @@ def test_a_stream_by_hand() -> None:
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("dp_size", [1, 2, 5])
 @pytest.mark.parametrize("count", [0, 1, 3, 40])
-def test_every_token_once(
-    count: int, dp_size: int, multiple: int, equal_length: bool, one_per_row: bool
-) -> None:
+def test_every_token_once(count: int, dp_size: int, multiple: int, equal_length: bool, one_per_row: bool) -> None:
     samples = random_samples(count)
     ranks = [
         pack(

@@ -25,7 +25,5 @@ def test_control_characters_are_not_text() -> None:
 
 @pytest.mark.parametrize("text", ["3 × 4", "café", "naïve"])
 def test_refuses_other_alphabets(text: str) -> None:
-    with pytest.raises(
-        UserError, match=f"knows ASCII only.*contains {next(c for c in text if ord(c) > 127)!r}"
-    ):
+    with pytest.raises(UserError, match=f"knows ASCII only.*contains {next(c for c in text if ord(c) > 127)!r}"):
         TOKENIZER.encode(text)
