@@ -16,7 +16,7 @@ $(STAMP): requirements.txt pyproject.toml scripts/bootstrap.sh
 	@scripts/bootstrap.sh
 
 demo: $(STAMP) ## train the demo on this machine's CPU
-	$(BIN)/megatron-aspo train examples/demo_chain_sum.yaml $(ARGS)
+	$(BIN)/megatron-aspo train examples/demo_chain_sum.yaml --resume auto $(ARGS)
 
 test: $(STAMP) ## run every test
 	$(BIN)/python -m pytest $(ARGS)

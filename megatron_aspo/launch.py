@@ -14,7 +14,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_local(module: str, arguments: list[str], ranks: int) -> int:
-    """Run `module.main()` in `ranks` processes, with `arguments` on the command line and torchrun's environment.
+    """Run `python -m module arguments` as `ranks` processes with torchrun's environment.
 
     Returns 0 when all succeed, else the exit code of the first rank that failed (1 for a signal); the others are
     ended. If this process dies, whatever the cause, its ranks die too: none goes on writing behind the back
@@ -34,8 +34,7 @@ def run_local(module: str, arguments: list[str], ranks: int) -> int:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        # Not `-m module`: dist_checkpointing spawns a helper process that would import a main module again.
-        command = [sys.executable, "-c", f"import sys, {module} as m; sys.exit(m.main())", *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         processes.append(subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent))
     try:
         return _join(processes)

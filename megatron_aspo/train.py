@@ -49,6 +49,8 @@ def train(config: RunConfig, argv: list[str]) -> None:
         else:
             journal.record("eval", 0, steps, evaluate(engine, prompts, config.eval))
 
+        if resume_step is not None and resume_step >= steps:
+            journal.say(f"{config.run_dir} is complete: {resume_step} of {steps} steps; delete it to train again")
         for step in range((resume_step or 0) + 1, steps + 1):
             clock = Clock()
             groups, values = sample_groups(engine, prompts, config, clock)
@@ -102,6 +104,11 @@ def sample_groups(
         kept += [group for group in groups if has_signal(group) or not rollout.dynamic_sampling]
         sampled += samples
         rounds += 1
+    if not kept:
+        warn(
+            f"none of {len(sampled) // size} groups had rewards that differ: this step updates nothing; "
+            "the task is too hard or too easy for the policy, or rollout.responses_per_prompt too small"
+        )
     for group in kept:
         fill_group_advantages(group)
     tokens = sum(len(sample.token_ids) for sample in sampled)

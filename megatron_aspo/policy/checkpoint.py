@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.policy.trainer import Policy
@@ -44,7 +45,8 @@ def save(root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int
     final = root / f"{_PREFIX}{step:06d}"
     partial = root / (final.name + _PARTIAL)
     _on_rank_0(lambda: _fresh_folder(partial))
-    dist_checkpointing.save(_sharded_state(policy, with_optimizer=True), str(partial))
+    # Before the first update (every group was dropped so far) the optimizer has no state, and Megatron cannot save it.
+    dist_checkpointing.save(_sharded_state(policy, with_optimizer=policy.updates > 0), str(partial))
     (partial / "rng").mkdir(exist_ok=True)
     torch.save(_rng_state(), partial / "rng" / f"rank{dist.get_rank():05d}.pt")
     meta = {
@@ -78,9 +80,13 @@ def load(path: Path, policy: Policy) -> tuple[int, dict[str, Any]]:
         UserError: no complete checkpoint at `path`, or one of another model.
     """
     meta = _read_meta(path, policy)
-    loaded = _load_sharded(_sharded_state(policy, with_optimizer=True, is_loading=True), path)
+    updated = meta["updates"] > 0
+    loaded = _load_sharded(_sharded_state(policy, with_optimizer=updated, is_loading=True), path)
     policy.model.module.load_state_dict(loaded["model"])
-    _load_optimizer(policy, loaded["optimizer"])
+    if updated:
+        _load_optimizer(policy, loaded["optimizer"])
+    else:
+        policy.optimizer.reload_model_params()
     policy.scheduler.step(meta["updates"])
     policy.updates = meta["updates"]
     if meta["layout"] == _layout(policy):
@@ -161,8 +167,10 @@ def _load_sharded(state: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         loaded: Any = dist_checkpointing.load(state, str(path))
         return loaded
-    except (dist_checkpointing.core.CheckpointingException, OSError, EOFError) as error:
-        raise UserError(f"cannot read checkpoint {path}: {error}; resume from an older one") from None
+    except (dist_checkpointing.core.CheckpointingException, CheckpointException, OSError, EOFError) as error:
+        # The last line: torch's message has the tracebacks of all ranks in it.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise UserError(f"cannot read checkpoint {path}: {reason}; resume from an older one") from None
 
 
 def _load_optimizer(policy: Policy, state: dict[Any, Any]) -> None:

@@ -1,12 +1,14 @@
 """Lets Megatron-Core run on a host without a GPU, over gloo; the only place that patches anything.
 
-Megatron-Core names CUDA in four ways, and each has its answer here:
+Megatron-Core takes CUDA for granted in several ways, and each has its answer here:
 
 - factory calls with `device="cuda"`, and `Tensor.type()` compared with "torch.cuda.FloatTensor": a
   TorchFunctionMode rewrites both;
 - functions of `torch.cuda` (streams, events, RNG state, synchronisation): replaced by ones that do what is
   right on one synchronous device;
 - its own RNG tracker, which calls into CUDA's generators: mapped to the CPU generator;
+- its checkpoint writer, which spawns a helper process a rank to hand results back (seconds to import torch again, 0.5 GB,
+  and left behind when the rank is killed): a synchronous save needs a queue of this process only;
 - layers that exist for GPUs only, or are slow elsewhere: a norm that knows sequence parallelism, attention and
   rotary embedding over packed streams.
 
@@ -16,6 +18,7 @@ Nothing happens when CUDA is available.
 from __future__ import annotations
 
 import contextlib
+import queue
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,6 +84,7 @@ def _replace_cuda_functions() -> None:
     from megatron.core.jit import disable_jit_fuser
 
     disable_jit_fuser()  # torch.compile of small functions, for modules of Megatron that are imported from now on
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as mcore_writer
     import megatron.core.models.common.embeddings.rope_utils as mcore_rope
     import megatron.core.tensor_parallel.random as mcore_random
 
@@ -110,6 +114,7 @@ def _replace_cuda_functions() -> None:
     setattr(mcore_random, "_get_cuda_rng_state", get_rng_state)  # noqa: B010  (private names of another library)
     setattr(mcore_random, "_set_cuda_rng_state", set_rng_state)  # noqa: B010
     setattr(mcore_rope, "_apply_rotary_pos_emb_thd", _apply_rotary_thd)  # noqa: B010
+    setattr(mcore_writer, "_results_queue", queue.Queue())  # noqa: B010
 
 
 def _apply_rotary_thd(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *, cp_group: Any, **options: Any) -> Tensor:
