@@ -67,7 +67,7 @@ def aspo(x: TokenInputs, config: PolicyLossConfig) -> TokenTerms:
     positive = x.advantages > 0
     clipped = _outside_clip(x.ratio, x)
     flipped = torch.where(positive, 1 / x.ratio, x.ratio)
-    capped = (flipped > cap) & ~clipped
+    capped = flipped > cap  # never where clipped: there the flipped ratio is below 1
     weight = flipped.clamp(max=cap).masked_fill(clipped, 0.0)
 
     boundary = torch.where(positive, 1 / (1 + x.clip_high), 1 - x.clip_low)

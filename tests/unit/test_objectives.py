@@ -115,27 +115,31 @@ def test_reference_vectors(case: dict[str, Any], name: str) -> None:
 
 # --- Against the table of the specification, in plain Python ---
 
-LOW, HIGH, C = 0.2, 0.3, 3.0
-BOUNDARIES = (1 - LOW, 1 + HIGH, 1 / C, C)
-RATIOS = sorted(
-    [edge * side for edge in BOUNDARIES for side in (1 - 1e-6, 1 + 1e-6)]
-    + [math.exp(-25), math.exp(-19), 0.05, 0.5, 0.9, 1.0, 1.1, 2.0, 5.0, math.exp(19), math.exp(25)]
-)
+LOW, HIGH, WIDE, C = 0.2, 0.3, 4.0, 3.0
+
+
+def both_sides(*edges: float) -> list[float]:
+    return [edge * side for edge in edges for side in (1 - 1e-6, 1 + 1e-6)]
+
+
+EXTREME = [math.exp(log_ratio) for log_ratio in (-25, -19, 19, 25)]
+RATIOS = [*both_sides(1 - LOW, 1 + HIGH, 1 / C, C), 0.05, 0.5, 0.9, 1.0, 1.1, 2.0, 6.0, *EXTREME]
 
 
 @pytest.mark.parametrize("dual_clip", [C, None])
 @pytest.mark.parametrize("advantage", [1.7, -0.6, 0.0])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_table_at_every_boundary(objective: str, advantage: float, dual_clip: float | None) -> None:
-    config = config_of(objective, clip_low=LOW, clip_high=HIGH, dual_clip=dual_clip)
-    for i, ratio in enumerate(RATIOS):
+    narrow, beyond_the_dual_clip = ((HIGH, r) for r in RATIOS), ((WIDE, r) for r in both_sides(C, 1 + WIDE))
+    for i, (high, ratio) in enumerate([*narrow, *beyond_the_dual_clip]):
+        config = config_of(objective, clip_low=LOW, clip_high=high, dual_clip=dual_clip)
         old = -0.3 - 0.1 * i
         logprob = old + math.log(ratio)
         inputs = {"logprobs": tensor64([logprob]), "old_logprobs": tensor64([old])}
         inputs |= {"advantages": tensor64([advantage]), "loss_mask": torch.tensor([True])}
         out, gradient, _ = differentiate(inputs, config)
         response = [(logprob, old, advantage)]
-        ((weight, value),) = scalar_terms(objective, response, [LOW], [HIGH], dual_clip)
+        ((weight, value),) = scalar_terms(objective, response, [LOW], [high], dual_clip)
         assert out.loss_sum.item() == pytest.approx(value, rel=1e-12), ratio
         assert gradient.item() == pytest.approx(-weight * advantage, rel=1e-12), ratio
 

@@ -134,6 +134,10 @@ def test_as_few_streams_as_possible() -> None:
     assert _loads([pack(samples, dp_rank=r, dp_size=2, max_tokens=40) for r in range(2)]) == [40, 40]
     assert _loads([pack(samples, dp_rank=0, dp_size=1, max_tokens=39)]) == [30, 30, 20]
     assert _loads([pack(samples, dp_rank=0, dp_size=1, max_tokens=80)]) == [80]
+    # Only with the longest first do these fill two streams; and a limit holds after padding.
+    uneven = [sample(i, 1, length - 1) for i, length in enumerate((2, 2, 2, 6))]
+    assert _loads([pack(uneven, dp_rank=0, dp_size=1, max_tokens=6)]) == [6, 6]
+    assert _loads([pack([sample(1, 2, 3)] * 2, dp_rank=0, dp_size=1, max_tokens=11, multiple=4)]) == [8, 8]
 
 
 @pytest.mark.parametrize("samples", [[], [sample(1, 2, 2)]], ids=["none", "fewer than ranks"])

@@ -1,0 +1,124 @@
+"""The command line: a run that was killed and resumed logs what an undisturbed one logs, to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_aspo.run_log import read_metrics
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 6
+CONFIG = f"""
+model: {{hidden_size: 32, ffn_hidden_size: 64, max_sequence_length: 16}}
+parallel: {{tensor: 2}}
+data:
+  task: chain_sum
+  task_args: {{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}}
+  prompt_template: "{{expression}} ="
+  eval_prompts: 32
+warmup: {{updates: 40, batch_prompts: 32, wrong_fraction: 0.3}}
+rollout: {{prompts_per_step: 8, responses_per_prompt: 8, max_response_tokens: 4}}
+loss: {{kl_coef: 0.1}}
+optimizer: {{lr: 3.0e-3}}
+train: {{steps: {STEPS}, mini_batch_prompts: 4, epochs: 2}}
+checkpoint: {{every: 2, keep: 2}}
+eval: {{every: 2}}
+"""
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a run in a session of its own, with its warm-up cached beside it; none outlives the test."""
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    runs: list[subprocess.Popen[str]] = []
+
+    def start_one(name: str, *arguments: str) -> subprocess.Popen[str]:
+        overrides = [f"name={name}", f"output_dir={tmp_path}", f"warmup.cache_dir={tmp_path}/{name}-cache"]
+        run = subprocess.Popen(
+            [sys.executable, "-m", "megatron_aspo.cli", "train", f"{tmp_path}/run.yaml", *overrides, *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        runs.append(run)
+        return run
+
+    yield start_one
+    for run in runs:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+def steps_done(run_dir: Path) -> int:
+    if not (run_dir / "metrics.jsonl").is_file():
+        return 0
+    return max((r["step"] for r in read_metrics(run_dir) if r["phase"] == "train"), default=0)
+
+
+def alive(session: int) -> list[int]:
+    found: list[int] = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            pass
+    return found
+
+
+def without_times(run_dir: Path) -> list[dict[str, Any]]:
+    def timed(key: str) -> bool:
+        return key == "time" or key.startswith("time/") or key.endswith("tokens_per_second")
+
+    return [{k: v for k, v in record.items() if not timed(k)} for record in read_metrics(run_dir)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_bit(tmp_path: Path, start: Start) -> None:
+    undisturbed = start("undisturbed")
+    _, stderr = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, stderr
+    expected = without_times(tmp_path / "undisturbed")
+    train = [record for record in expected if record["phase"] == "train"]
+    assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
+    assert all(record["optimizer/grad_norm"] > 0.01 for record in train)  # every step had something to learn
+    assert train[-1]["loss/kl"] > 1e-4  # the reference matters
+
+    killed = start("killed")
+    deadline = time.monotonic() + 300
+    while steps_done(tmp_path / "killed") < 3:
+        assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()[1]
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)  # the launcher alone: its ranks must not outlive it
+    killed.wait()
+    time.sleep(1)
+    assert alive(killed.pid) == []
+    assert steps_done(tmp_path / "killed") < STEPS
+
+    resumed = start("killed", "--resume", "auto")
+    _, stderr = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, stderr
+    assert without_times(tmp_path / "killed") == expected
+
+    refused = start("killed", "parallel.tensor=1")
+    _, stderr = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+    assert stderr.count("\n") == 1
+    assert "already has checkpoints; continue with --resume auto" in stderr

@@ -1,0 +1,220 @@
+"""The embedded engine samples from the policy that is trained, at every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import VOCAB, run, run_config
+from torch import Tensor
+
+from megatron_aspo.config import ParallelConfig, RolloutConfig
+from megatron_aspo.distributed import distributed
+from megatron_aspo.policy import checkpoint
+from megatron_aspo.policy.model import model_inputs
+from megatron_aspo.policy.trainer import Policy
+from megatron_aspo.rollout.megatron import EmbeddedEngine
+from megatron_aspo.tokenizer import AsciiTokenizer
+from megatron_aspo.types import Prompt, Sample
+
+pytestmark = pytest.mark.distributed
+
+ALONE = ParallelConfig()
+LAYOUTS = {
+    "dp2": (2, ALONE),
+    "tp2": (2, ParallelConfig(tensor=2)),
+    "tp2-sp": (2, ParallelConfig(tensor=2, sequence_parallel=True)),
+    "pp2": (2, ParallelConfig(pipeline=2)),
+    "tp2-pp2-sp": (4, ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True)),
+}
+ROLLOUT = RolloutConfig(max_response_tokens=12, temperature=0.8)
+
+
+def make_prompts() -> list[Prompt]:
+    """Nine prompts of 3 to 20 tokens, neither sorted nor equal in length; the last is a held-out one."""
+    rng = np.random.default_rng(3)
+    lengths = [7, 3, 20, 12, 3, 16, 9, 5, 14]
+    ids = [*range(len(lengths) - 1), -1]
+    return [Prompt(i, "", tuple(rng.integers(VOCAB, size=n).tolist()), {}) for i, n in zip(ids, lengths, strict=True)]
+
+
+def generate(
+    weights: Path,
+    parallel: ParallelConfig,
+    calls: Sequence[tuple[RolloutConfig, list[Prompt], int, float, int]],
+) -> list[list[Sample]]:
+    """The samples of each call: (configuration, prompts, responses per prompt, temperature, seed)."""
+    config = run_config(parallel)
+    with distributed(config):
+        policy = Policy(config, VOCAB)
+        checkpoint.load_weights(weights / "current", policy)
+        return [
+            EmbeddedEngine(policy, rollout, AsciiTokenizer(), seed).generate(prompts, copies, temperature)
+            for rollout, prompts, copies, temperature, seed in calls
+        ]
+
+
+def sample_and_recompute(weights: Path, parallel: ParallelConfig) -> list[tuple[Tensor, Tensor]]:
+    """(log-probs of the sampler, of the trainer) of this rank's micro-batches, on the last stage."""
+    config = run_config(parallel, rollout=ROLLOUT)
+    with distributed(config):
+        policy = Policy(config, VOCAB)
+        checkpoint.load_weights(weights / "current", policy)
+        engine = EmbeddedEngine(policy, ROLLOUT, AsciiTokenizer(), seed=1)
+        batches = policy.pack(engine.generate(make_prompts(), 4, ROLLOUT.temperature))
+        policy.fill_logprobs(batches, "old_logprobs")
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for batch in batches if policy.is_last_stage else []:
+            assert batch.rollout_logprobs is not None
+            assert batch.old_logprobs is not None
+            pairs.append((batch.rollout_logprobs[batch.loss_mask], batch.old_logprobs[batch.loss_mask]))
+        return pairs
+
+
+def sample_and_look(weights: Path, rollout: RolloutConfig, copies: int) -> tuple[list[Sample], list[Tensor]]:
+    """Samples, and the tempered distributions [tokens, V] that the model gives along each response."""
+    config = run_config(rollout=rollout)
+    with distributed(config):
+        policy = Policy(config, VOCAB)
+        checkpoint.load_weights(weights / "current", policy)
+        engine = EmbeddedEngine(policy, rollout, AsciiTokenizer(), seed=1)
+        samples = engine.generate(make_prompts()[:3], copies, rollout.temperature)
+        distributions: list[Tensor] = []
+        for sample in samples:
+            (batch,) = policy.pack([sample])
+            logits = policy.model(**model_inputs(batch))[0].detach().double()
+            distributions.append(torch.softmax(logits[batch.loss_mask] / rollout.temperature, -1))
+        return samples, distributions
+
+
+def tokens_of(samples: Sequence[Sample]) -> list[tuple[int, ...]]:
+    return [sample.token_ids for sample in samples]
+
+
+def logprobs_of(samples: Sequence[Sample]) -> Any:
+    return np.concatenate([sample.rollout_logprobs for sample in samples if sample.rollout_logprobs is not None])
+
+
+def cut(token_ids: tuple[int, ...], stops: list[tuple[int, ...]], limit: int) -> tuple[tuple[int, ...], str]:
+    """Where a response ends: with the first stop sequence that is whole in it, or at the limit."""
+    for end in range(1, limit + 1):
+        if any(token_ids[:end][-len(stop) :] == stop for stop in stops):
+            return token_ids[:end], "stop"
+    return token_ids[:limit], "length"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_trainer_gives_the_logprobs_of_the_sampler(layout: str, weights: Path) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    found = run(ranks, sample_and_recompute, weights, parallel)
+    pairs = [pair for of_rank in found for pair in of_rank]
+    sampled, recomputed = (torch.cat(values) for values in zip(*pairs, strict=True))
+    assert len(sampled) > 300
+    assert sampled.std() > 0.5
+    assert (sampled - recomputed).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def alone(weights: Path) -> tuple[list[Sample], list[Sample]]:
+    """Greedy responses, and four samples a prompt."""
+    calls = [(ROLLOUT, make_prompts(), 1, 0.0, 1), (ROLLOUT, make_prompts(), 4, 1.2, 1)]
+    greedy, sampled = run(1, generate, weights, ALONE, calls)[0]
+    return greedy, sampled
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_responses_are_the_same_at(layout: str, weights: Path, alone: tuple[list[Sample], list[Sample]]) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    small = RolloutConfig(max_response_tokens=12, batch_size=5)
+    calls = [(ROLLOUT, make_prompts(), 1, 0.0, 1), (small, make_prompts(), 4, 1.2, 1)]
+    for samples in run(ranks, generate, weights, parallel, calls):  # every rank has the whole list
+        for ours, expected in zip(samples, alone, strict=True):
+            assert tokens_of(ours) == tokens_of(expected)
+            assert logprobs_of(ours) == pytest.approx(logprobs_of(expected), abs=1e-5)
+            assert [s.group for s in ours] == [s.group for s in expected]
+
+
+def test_seed_prompt_and_replica_each_make_a_difference(
+    weights: Path, alone: tuple[list[Sample], list[Sample]]
+) -> None:
+    prompt = make_prompts()[0]
+    twin = Prompt(-1, "", prompt.token_ids, {})
+    calls = [(ROLLOUT, make_prompts(), 4, 1.2, 2), (ROLLOUT, [prompt, twin], 50, 1.2, 1)]
+    other_seed, twins = run(1, generate, weights, ALONE, calls)[0]
+    assert all(a != b for a, b in zip(tokens_of(other_seed), tokens_of(alone[1]), strict=True))
+    assert len(set(tokens_of(twins))) == 100
+
+
+def test_ragged_prompts_are_answered_as_if_alone(
+    weights: Path, alone: tuple[list[Sample], list[Sample]]
+) -> None:
+    calls = [(ROLLOUT, [prompt], 4, 1.2, 1) for prompt in make_prompts()]
+    one_by_one = sum(run(1, generate, weights, ALONE, calls)[0], [])
+    assert tokens_of(one_by_one) == tokens_of(alone[1])
+    assert logprobs_of(one_by_one) == pytest.approx(logprobs_of(alone[1]), abs=1e-5)
+
+
+def test_responses_end_at_stop_strings_and_at_the_limit(
+    weights: Path, alone: tuple[list[Sample], list[Sample]]
+) -> None:
+    free = alone[1]
+    inside = next(sample for sample in free if len(sample.token_ids) == 12).token_ids[3:5]
+    across = (free[0].prompt.token_ids[-1], free[0].token_ids[0])  # begins in the prompt: not a stop there
+    stops = [(AsciiTokenizer.eos_id,), inside, across]
+    rollout = RolloutConfig(max_response_tokens=8, stop=tuple("".join(map(chr, stop)) for stop in stops[1:]))
+    (cut_short,) = run(1, generate, weights, ALONE, [(rollout, make_prompts(), 4, 1.2, 1)])[0]
+    expected = [cut(sample.token_ids, stops, 8) for sample in free]
+    assert [(s.token_ids, s.finish_reason) for s in cut_short] == expected
+    assert all(len(logprobs_of([sample])) == len(sample.token_ids) for sample in cut_short)
+    endings = {(reason, token_ids[-1] == AsciiTokenizer.eos_id) for token_ids, reason in expected}
+    assert endings == {("stop", True), ("stop", False), ("length", False)}
+    assert len(cut_short[0].token_ids) > 1
+
+
+def outside_nucleus(samples: list[Sample], distributions: list[Tensor], top_p: float) -> list[bool]:
+    outside: list[bool] = []
+    for sample, p in zip(samples, distributions, strict=True):
+        own = p.gather(1, torch.tensor(sample.token_ids)[:, None])
+        more_likely = torch.where(p > own, p, 0.0).sum(-1)
+        outside += (more_likely >= top_p).tolist()
+    return outside
+
+
+def test_top_p_keeps_to_the_nucleus_and_reports_the_whole_distribution(weights: Path) -> None:
+    nucleus = RolloutConfig(max_response_tokens=12, temperature=1.3, top_p=0.6)
+    samples, distributions = run(1, sample_and_look, weights, nucleus, 20)[0]
+    outside = outside_nucleus(samples, distributions, 0.6)
+    assert len(outside) > 500
+    assert not any(outside)
+    assert 0.01 < np.mean(outside_nucleus(samples, distributions, 0.55))  # it goes to the nucleus's edge
+    expected = [
+        p.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0].log()
+        for sample, p in zip(samples, distributions, strict=True)
+    ]
+    assert logprobs_of(samples) == pytest.approx(torch.cat(expected).numpy(), abs=1e-4)
+
+
+def deviation(counts: Tensor, p: Tensor) -> float:
+    """Pearson's chi-square of `counts` against `p`, as standard deviations from its mean; rare tokens are pooled."""
+    expected = p * counts.sum()
+    rare = expected < 5
+    observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    chi_square = ((observed - expected).square() / expected).sum()
+    freedom = len(observed) - 1
+    return float((chi_square - freedom) / (2 * freedom) ** 0.5)
+
+
+def test_first_tokens_are_distributed_as_the_tempered_softmax(weights: Path) -> None:
+    rollout = RolloutConfig(max_response_tokens=1, temperature=1.5)
+    prompt = make_prompts()[0]
+    (samples,) = run(1, generate, weights, ALONE, [(rollout, [prompt], 10_000, 1.5, 1)])[0]
+    counts = torch.bincount(torch.tensor(tokens_of(samples))[:, 0], minlength=VOCAB).double()
+    _, (distribution, *_) = run(1, sample_and_look, weights, rollout, 1)[0]
+    p = distribution[0]
+    assert abs(deviation(counts, p)) < 4
+    assert deviation(counts, p**1.1 / (p**1.1).sum()) > 8  # another temperature would have been noticed
