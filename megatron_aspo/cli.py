@@ -10,14 +10,19 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from megatron_aspo import __version__
 from megatron_aspo.config import RunConfig, check_world_size, load_config
 from megatron_aspo.errors import UserError
+from megatron_aspo.run_folder import find_checkpoint, find_resume
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake instead of the whole usage."""
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake instead of the whole usage; no abbreviated options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -25,7 +30,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `megatron-aspo`."""
-    parser = _Parser(prog="megatron-aspo", description="ASPO reinforcement learning on Megatron-Core.")
+    parser = Parser(prog="megatron-aspo", description="ASPO reinforcement learning on Megatron-Core.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | report")
     for name, help_text in (
         ("train", "train a policy; starts the ranks of one host itself, or runs under torchrun"),
@@ -38,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("run_dir", type=Path, help="runs/<name>")
 
     def run() -> int:
-        arguments = parser.parse_args(argv)
+        arguments = parse(parser, argv)
         if arguments.command == "report":
             from megatron_aspo.report import print_summary, write_report
 
@@ -63,6 +69,16 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="a step_... folder (default: the newest of the run)")
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, taking `a.b=c` also after an option, where argparse does not look for it."""
+    arguments, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides"):
+            parser.error(f"unrecognized arguments: {word}")
+        arguments.overrides.append(word)
+    return arguments
+
+
 def parse_run_config(arguments: argparse.Namespace) -> RunConfig:
     """The configuration that the command line describes."""
     overrides = list(arguments.overrides)
@@ -77,7 +93,7 @@ def exit_code(action: Callable[[], int]) -> int:
         return action()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"megatron-aspo: {error}", file=sys.stderr, flush=True)
+            print(f"megatron-aspo: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -85,7 +101,7 @@ def exit_code(action: Callable[[], int]) -> int:
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file; examples/ has ones that run")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace the file's")
 
 
 def _run_ranks(arguments: argparse.Namespace) -> int:
@@ -96,6 +112,8 @@ def _run_ranks(arguments: argparse.Namespace) -> int:
     if ranks < 1:
         raise UserError(f"--nproc={ranks} must be >= 1")
     check_world_size(config, ranks)
+    # What the ranks would find out after their slow imports.
+    find_resume(config) if arguments.command == "train" else find_checkpoint(config, arguments.checkpoint)
     module, option = ("train", "resume") if arguments.command == "train" else ("evaluation", "checkpoint")
     value = getattr(arguments, option)
     rest = [arguments.config, *arguments.overrides, *([f"--{option}", value] if value is not None else [])]

@@ -144,6 +144,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "eval_prompts")
         _require("{" in self.prompt_template, "prompt_template must contain a field, such as {question}")
+        for name in ("seed", "eval_seed"):
+            _require(0 <= getattr(self, name) < 1 << 30, f"{name}={getattr(self, name)} must lie in [0, 2^30)")
         _require(self.seed != self.eval_seed, "seed and eval_seed must differ, or evaluation is not held out")
 
 

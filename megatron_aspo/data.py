@@ -10,7 +10,8 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.tokenizer import AsciiTokenizer
 from megatron_aspo.types import Prompt
 
-ENDLESS = 1 << 60
+STREAM_SIZE = 1 << 20
+"""Problems of a stream before it begins again; some tasks make a list of that length."""
 
 
 class ReasoningGymPrompts:
@@ -42,7 +43,7 @@ class ReasoningGymPrompts:
         drawn: list[Prompt] = []
         skipped = 0
         while len(drawn) < count:
-            prompt = self._prompt(self.position, self._train[self.position])
+            prompt = self._prompt(self.position, self._train[self.position % STREAM_SIZE])
             self.position += 1
             if prompt.text not in self._held_out_texts:
                 drawn.append(prompt)
@@ -64,8 +65,8 @@ class ReasoningGymPrompts:
 
     def _prompt(self, index: int, entry: dict[str, Any]) -> Prompt:
         try:
-            text = self.config.prompt_template.format(question=entry["question"], **entry["metadata"])
-        except (KeyError, ValueError, IndexError) as error:
+            text = self.config.prompt_template.format(**{**entry["metadata"], "question": entry["question"]})
+        except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
             raise UserError(
                 f"data.prompt_template: {type(error).__name__} {error}; the fields of {self.config.task} are "
                 f"question, {', '.join(entry['metadata'])}"
@@ -97,6 +98,6 @@ def _create_dataset(config: DataConfig, seed: int) -> Any:
             "basic_arithmetic, products, gcd, count_bits"
         )
     try:
-        return reasoning_gym.create_dataset(config.task, seed=seed, size=ENDLESS, **config.task_args)
+        return reasoning_gym.create_dataset(config.task, seed=seed, size=STREAM_SIZE, **config.task_args)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"data.task_args do not fit reasoning-gym's {config.task}: {error}") from None

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_aspo.config import EvalConfig
 from megatron_aspo.data import ReasoningGymPrompts
 from megatron_aspo.distributed import distributed
-from megatron_aspo.errors import UserError
 from megatron_aspo.metrics import sample_metrics
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rewards.reasoning_gym import score
 from megatron_aspo.rollout.megatron import EmbeddedEngine
+from megatron_aspo.run_folder import find_checkpoint
 from megatron_aspo.tokenizer import AsciiTokenizer
 
 
@@ -41,15 +39,15 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_aspo import cli
 
     def run() -> int:
-        parser = argparse.ArgumentParser(prog="megatron_aspo.evaluation")
+        parser = cli.Parser(prog="megatron_aspo.evaluation")
         cli.add_eval_arguments(parser)
-        arguments = parser.parse_args(argv)
+        arguments = cli.parse(parser, argv)
         config = cli.parse_run_config(arguments)
         with distributed(config):
             tokenizer = AsciiTokenizer()
             prompts = ReasoningGymPrompts.of(config, tokenizer)
             policy = Policy(config, tokenizer.vocab_size)
-            path = _checkpoint_path(arguments.checkpoint, config.run_dir / "checkpoints")
+            path = find_checkpoint(config, arguments.checkpoint)
             checkpoint.load_weights(path, policy)
             metrics = evaluate(EmbeddedEngine(policy, config.rollout, tokenizer, config.seed), prompts, config.eval)
             if dist.get_rank() == 0:
@@ -57,15 +55,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     return cli.exit_code(run)
-
-
-def _checkpoint_path(given: str | None, root: Path) -> Path:
-    if given is not None:
-        return Path(given)
-    existing = checkpoint.list_checkpoints(root)
-    if not existing:
-        raise UserError(f"no checkpoint under {root}; train first, or give --checkpoint")
-    return existing[-1]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ import subprocess
 import sys
 import time
 
+GRACE_SECONDS = 10.0
+"""How long the other ranks may take to end by themselves after one has failed."""
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -43,6 +46,7 @@ def run_local(module: str, arguments: list[str], ranks: int) -> int:
 
 
 def _join(processes: list[subprocess.Popen[bytes]]) -> int:
+    grace = None
     while True:
         codes = [process.poll() for process in processes]
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
@@ -53,7 +57,10 @@ def _join(processes: list[subprocess.Popen[bytes]]) -> int:
                 print(f"megatron-aspo: rank {rank} was ended by {name}; the others are stopped too. "
                       "Continue from the last checkpoint with --resume auto", file=sys.stderr)  # fmt: skip
                 return 1
-            return code
+            # A mistake that all ranks find is told by rank 0, which may be later than the one that exited first.
+            grace = grace or time.monotonic() + GRACE_SECONDS
+            if None not in codes or time.monotonic() > grace:
+                return code
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)

@@ -73,10 +73,17 @@ class RunLog:
 def read_metrics(run_dir: Path) -> list[Record]:
     """The records of a run as they were written, without the torn last line that a kill may leave."""
     path = run_dir / METRICS_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise UserError(f"{run_dir} has no {METRICS_FILE}; give the folder of a run, such as runs/<name>")
     whole_lines = path.read_text().rpartition("\n")[0]
-    return [json.loads(line) for line in whole_lines.splitlines()]
+    records: list[Record] = []
+    for number, line in enumerate(whole_lines.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            records.append({"step": record["step"], "phase": record["phase"], **record})
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}, is damaged; delete the line") from None
+    return records
 
 
 def save_provenance(run_dir: Path, resolved_yaml: str, argv: list[str]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -15,7 +13,6 @@ from megatron_aspo.advantages import fill_group_advantages, has_signal
 from megatron_aspo.config import RunConfig, config_warnings
 from megatron_aspo.data import ReasoningGymPrompts
 from megatron_aspo.distributed import distributed
-from megatron_aspo.errors import UserError
 from megatron_aspo.evaluation import evaluate
 from megatron_aspo.journal import Clock, Journal
 from megatron_aspo.metrics import sample_metrics
@@ -23,6 +20,7 @@ from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
 from megatron_aspo.rewards.reasoning_gym import score
 from megatron_aspo.rollout.megatron import EmbeddedEngine
+from megatron_aspo.run_folder import checkpoints_folder, find_resume, read_meta
 from megatron_aspo.tokenizer import AsciiTokenizer
 from megatron_aspo.types import MicroBatch, Sample
 from megatron_aspo.warmup import warm_up
@@ -31,7 +29,7 @@ from megatron_aspo.warmup import warm_up
 def train(config: RunConfig, argv: list[str]) -> None:
     """Run `config.train.steps` steps of ASPO: sample, score, compare within groups, update, and again."""
     resume_from = find_resume(config)
-    resume_step = checkpoint.step_of(resume_from) if resume_from else None
+    resume_step = int(read_meta(resume_from)["step"]) if resume_from else None
     tokenizer = AsciiTokenizer()
     prompts = ReasoningGymPrompts.of(config, tokenizer)
     policy = Policy(config, tokenizer.vocab_size)
@@ -40,7 +38,7 @@ def train(config: RunConfig, argv: list[str]) -> None:
 
     with Journal(config, argv, resume_step, dist.get_rank() == 0) as journal:
         if config.warmup.updates and (resume_from is None or config.loss.kl_coef):
-            warm_up(policy, prompts, config, journal)
+            warm_up(policy, config, journal)
         if config.loss.kl_coef:
             policy.keep_reference()
         if resume_from:
@@ -69,7 +67,7 @@ def train(config: RunConfig, argv: list[str]) -> None:
             if step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 with clock("checkpoint"):
                     state = {"prompts": prompts.state_dict()}
-                    checkpoint.save(config.run_dir / "checkpoints", step, policy, state, config.checkpoint.keep)
+                    checkpoint.save(checkpoints_folder(config), step, policy, state, config.checkpoint.keep)
             evaluated = None
             if step == steps or (config.eval.every and step % config.eval.every == 0):
                 with clock("eval"):
@@ -147,20 +145,6 @@ def update(policy: Policy, mini_batches: Sequence[list[MicroBatch]], config: Run
     return {f"loss/{name}": value for name, value in means.items()} | grad_norm
 
 
-def find_resume(config: RunConfig) -> Path | None:
-    """The checkpoint to continue from, as `checkpoint.resume` says."""
-    root = config.run_dir / "checkpoints"
-    existing = checkpoint.list_checkpoints(root)
-    resume = config.checkpoint.resume
-    if resume == "auto":
-        return existing[-1] if existing else None
-    if resume == "never":
-        if existing:
-            raise UserError(f"{root} already has checkpoints; continue with --resume auto, or choose another name=...")
-        return None
-    return Path(resume)
-
-
 def warn(message: str) -> None:
     if dist.get_rank() == 0:
         print(f"warning: {message}", file=sys.stderr, flush=True)
@@ -171,9 +155,9 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_aspo import cli
 
     def run() -> int:
-        parser = argparse.ArgumentParser(prog="megatron_aspo.train")
+        parser = cli.Parser(prog="megatron_aspo.train")
         cli.add_run_arguments(parser)
-        config = cli.parse_run_config(parser.parse_args(argv))
+        config = cli.parse_run_config(cli.parse(parser, argv))
         with distributed(config):
             for message in config_warnings(config):
                 warn(message)

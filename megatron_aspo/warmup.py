@@ -24,11 +24,10 @@ SUPERVISED = PolicyLossConfig(objective="no_is")
 _SHOW_EVERY = 10
 
 
-def warm_up(policy: Policy, prompts: ReasoningGymPrompts, config: RunConfig, journal: Journal) -> None:
+def warm_up(policy: Policy, config: RunConfig, journal: Journal) -> None:
     """Bring random weights to where a base model stands: it knows the format and is right now and then.
 
-    Demonstrations come from the task's stream at positions that the RL run draws much later, if ever; the prompt
-    source is left as it was found. The result is cached.
+    Demonstrations come from a stream of their own, without the held-out problems. The result is cached.
     """
     cached = cache_path(config)
     if (cached / "meta.json").is_file():
@@ -37,9 +36,9 @@ def warm_up(policy: Policy, prompts: ReasoningGymPrompts, config: RunConfig, jou
         return
     warmup = config.warmup
     policy.reset_optimizer(replace(config.optimizer, lr=warmup.lr, weight_decay=0.0))
-    before = prompts.state_dict()
-    prompts.position = _FIRST_DEMONSTRATION
-    rng = np.random.default_rng([config.seed, _FIRST_DEMONSTRATION])
+    data = replace(config.data, seed=(config.data.seed + _DEMONSTRATION_SEED) % (1 << 30))
+    prompts = ReasoningGymPrompts.of(replace(config, data=data), AsciiTokenizer())
+    rng = np.random.default_rng([config.seed, _DEMONSTRATION_SEED])
     metrics = UpdateMetrics()
     for update in range(1, warmup.updates + 1):
         demonstrations = make_demonstrations(prompts.draw(warmup.batch_prompts), warmup.wrong_fraction, rng)
@@ -49,7 +48,6 @@ def warm_up(policy: Policy, prompts: ReasoningGymPrompts, config: RunConfig, jou
             means = metrics.reduce()
             journal.record("warmup", update, warmup.updates, {"loss/nll": means["nll"]})
             metrics = UpdateMetrics()
-    prompts.load_state_dict(before)
     checkpoint.save_weights(cached, policy)
     policy.reset_optimizer(config.optimizer)
 
@@ -90,8 +88,9 @@ def cache_path(config: RunConfig) -> Path:
     return Path(config.warmup.cache_dir) / f"warmup-{digest}"
 
 
-_FIRST_DEMONSTRATION = 1 << 40
-"""Position in the task's stream, far from where training prompts are drawn."""
+_DEMONSTRATION_SEED = 500_000_009
+"""Added to the seed of the training problems: reasoning-gym's problem i of seed s is drawn with s + i, so the streams
+of near seeds overlap."""
 
 
 def _check_length(samples: list[Sample], config: RunConfig) -> None:

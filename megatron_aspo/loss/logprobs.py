@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 22
 """Default chunk: as many rows as give this many logits (16 MiB in float32)."""
@@ -89,7 +90,10 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return logprobs.view(targets.shape), entropy.view(targets.shape) if with_entropy else None
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the decorator hides the parameters' names)
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """d logprob/dz = onehot - p;  dH/dz = -p (log p + H); both divided by the temperature."""
         logits, local_targets, owned, log_normalizer, entropy = ctx.saved_tensors
         grad_logprobs, grad_entropy = (None if g is None else g.reshape(-1) for g in grads)

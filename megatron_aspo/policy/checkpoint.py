@@ -25,9 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.policy.trainer import Policy
+from megatron_aspo.run_folder import META_FILE, PARTIAL_SUFFIX, STEP_PREFIX, list_checkpoints, read_meta
 
-_PREFIX = "step_"
-_PARTIAL = ".partial"
 # The one format of the distributed optimizer that can be read at another layout.
 _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -42,8 +41,8 @@ def save(root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int
     Args:
         state: JSON-serialisable, the same on every rank; `load` returns it.
     """
-    final = root / f"{_PREFIX}{step:06d}"
-    partial = root / (final.name + _PARTIAL)
+    final = root / f"{STEP_PREFIX}{step:06d}"
+    partial = root / (final.name + PARTIAL_SUFFIX)
     _on_rank_0(lambda: _fresh_folder(partial))
     # Before the first update (every group was dropped so far) the optimizer has no state, and Megatron cannot save it.
     dist_checkpointing.save(_sharded_state(policy, with_optimizer=policy.updates > 0), str(partial))
@@ -58,10 +57,7 @@ def save(root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int
     }
 
     def publish() -> None:
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
+        _publish(partial, final, meta)
         for old in list_checkpoints(root)[:-keep] if keep else []:
             shutil.rmtree(old)
 
@@ -79,7 +75,7 @@ def load(path: Path, policy: Policy) -> tuple[int, dict[str, Any]]:
     Raises:
         UserError: no complete checkpoint at `path`, or one of another model.
     """
-    meta = _read_meta(path, policy)
+    meta = _meta_of_same_model(path, policy)
     updated = meta["updates"] > 0
     loaded = _load_sharded(_sharded_state(policy, with_optimizer=updated, is_loading=True), path)
     policy.model.module.load_state_dict(loaded["model"])
@@ -96,49 +92,26 @@ def load(path: Path, policy: Policy) -> tuple[int, dict[str, Any]]:
 
 def save_weights(path: Path, policy: Policy) -> None:
     """Write the model alone, atomically. Collective."""
-    partial = path.with_name(path.name + _PARTIAL)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
     _on_rank_0(lambda: _fresh_folder(partial))
     dist_checkpointing.save(_sharded_state(policy, with_optimizer=False), str(partial))
     meta = {"model": dataclasses.asdict(policy.config.model)}
 
-    def publish() -> None:
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-
     dist.barrier()
-    _on_rank_0(publish)
+    _on_rank_0(lambda: _publish(partial, path, meta))
 
 
 def load_weights(path: Path, policy: Policy) -> None:
     """Read the model alone, from a checkpoint or from what `save_weights` wrote; the optimizer takes the weights
     over. Collective."""
-    _read_meta(path, policy)
+    _meta_of_same_model(path, policy)
     loaded = _load_sharded(_sharded_state(policy, with_optimizer=False), path)
     policy.model.module.load_state_dict(loaded["model"])
     policy.optimizer.reload_model_params()
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints under `root`, oldest first."""
-    return sorted(p for p in root.glob(f"{_PREFIX}*") if p.suffix != _PARTIAL and (p / "meta.json").is_file())
-
-
-def step_of(path: Path) -> int:
-    """The step a checkpoint was written at."""
-    if not (path / "meta.json").is_file():
-        raise UserError(f"{path} is not a complete checkpoint; give the path of a step_... folder")
-    return int(json.loads((path / "meta.json").read_text())["step"])
-
-
-def _read_meta(path: Path, policy: Policy) -> dict[str, Any]:
-    if not (path / "meta.json").is_file():
-        raise UserError(f"{path} is not a complete checkpoint; give the path of a step_... folder")
-    try:
-        meta = json.loads((path / "meta.json").read_text())
-    except ValueError:
-        raise UserError(f"{path}/meta.json is damaged; delete the folder and resume from an older one") from None
+def _meta_of_same_model(path: Path, policy: Policy) -> dict[str, Any]:
+    meta = read_meta(path)
     ours = dataclasses.asdict(policy.config.model)
     different = [key for key in ours if meta["model"].get(key) != ours[key]]
     if different:
@@ -227,6 +200,16 @@ def _megatron_rng() -> Any:
 def _layout(policy: Policy) -> dict[str, int]:
     parallel = policy.config.parallel
     return {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "data": policy.dp_size}
+
+
+def _publish(partial: Path, final: Path, meta: dict[str, Any]) -> None:
+    """Give a complete checkpoint its name; one that has it already is replaced only then."""
+    (partial / META_FILE).write_text(json.dumps(meta, indent=1))
+    replaced = final.with_name(final.name + ".replaced" + PARTIAL_SUFFIX)
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _fresh_folder(path: Path) -> None:

@@ -7,8 +7,8 @@ Megatron-Core takes CUDA for granted in several ways, and each has its answer he
 - functions of `torch.cuda` (streams, events, RNG state, synchronisation): replaced by ones that do what is
   right on one synchronous device;
 - its own RNG tracker, which calls into CUDA's generators: mapped to the CPU generator;
-- its checkpoint writer, which spawns a helper process a rank to hand results back (seconds to import torch again, 0.5 GB,
-  and left behind when the rank is killed): a synchronous save needs a queue of this process only;
+- its checkpoint writer, which spawns a helper process a rank to hand results back (it imports torch again, takes
+  0.5 GB, and stays when the rank is killed): a synchronous save needs a queue of this process only;
 - layers that exist for GPUs only, or are slow elsewhere: a norm that knows sequence parallelism, attention and
   rotary embedding over packed streams.
 

@@ -46,6 +46,10 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) 
     With `use_cpu_initialization` the whole weight is drawn before it is cut, so that the weights do not depend
     on the tensor-parallel size.
     """
+    if vocab_size % parallel.tensor:
+        raise UserError(
+            f"the vocabulary of {vocab_size} tokens is not a multiple of parallel.tensor={parallel.tensor}; change it"
+        )
     transformer = transformer_config(config, parallel)
     model: torch.nn.Module = GPTModel(
         config=transformer,

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ class UpdateMetrics:
         if parallel_state.is_pipeline_last_stage() and self.sums:
             assert self.first_log_ratio is not None
             table = torch.stack(list(self.sums.values()))
-            group : Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
             dist.all_reduce(table, group=group)
             dist.all_reduce(self.first_log_ratio, op=dist.ReduceOp.MAX, group=group)
             means = {

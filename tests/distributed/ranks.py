@@ -80,9 +80,7 @@ def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: floa
             for process in processes:
                 process.kill()
                 process.join()
-        return [
-            torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)
-        ]
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
 def _rank(rank: int, world_size: int, port: int, folder: Path, function: Callable[..., Any], args: Any) -> None:

@@ -18,7 +18,7 @@ from megatron_aspo.distributed import distributed
 from megatron_aspo.errors import UserError
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
-from megatron_aspo.train import find_resume
+from megatron_aspo.run_folder import find_resume, list_checkpoints, read_meta
 
 pytestmark = pytest.mark.distributed
 
@@ -145,15 +145,14 @@ def test_only_complete_checkpoints_count_and_the_newest_are_kept(tmp_path: Path)
     (root / "step_000012.partial").mkdir()
     (root / "step_000012.partial" / "meta.json").write_text("{}")
     config = replace(run_config(), output_dir=str(tmp_path), checkpoint=CheckpointConfig(resume="auto"))
-    assert checkpoint.list_checkpoints(root) == []
+    assert list_checkpoints(root) == []
     assert find_resume(config) is None
 
     run(1, save_three, root, 2)
-    assert [path.name for path in checkpoint.list_checkpoints(root)] == ["step_000009", "step_000010"]
+    assert [path.name for path in list_checkpoints(root)] == ["step_000009", "step_000010"]
     assert not (root / "step_000008").exists()
     assert find_resume(config) == root / "step_000010"
-    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(root)] == [9, 10]
-
+    assert [read_meta(path)["step"] for path in list_checkpoints(root)] == [9, 10]
 
 
 def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path: Path) -> None:

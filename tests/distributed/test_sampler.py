@@ -149,9 +149,7 @@ def test_seed_prompt_and_replica_each_make_a_difference(
     assert len(set(tokens_of(twins))) == 100
 
 
-def test_ragged_prompts_are_answered_as_if_alone(
-    weights: Path, alone: tuple[list[Sample], list[Sample]]
-) -> None:
+def test_ragged_prompts_are_answered_as_if_alone(weights: Path, alone: tuple[list[Sample], list[Sample]]) -> None:
     calls = [(ROLLOUT, [prompt], 4, 1.2, 1) for prompt in make_prompts()]
     one_by_one = sum(run(1, generate, weights, ALONE, calls)[0], [])
     assert tokens_of(one_by_one) == tokens_of(alone[1])

@@ -180,6 +180,10 @@ def test_files(capsys: pytest.CaptureFixture[str], folder: Path, content: str | 
         ("train run.yaml --resume", "--resume: expected one argument; see megatron-aspo train --help"),
         ("train run.yaml --steps 3", "unrecognized arguments: --steps"),
         ("train run.yaml --checkpoint x", "unrecognized arguments: --checkpoint"),
+        ("train run.yaml --resume nowhere", "nowhere is not a complete checkpoint; give the path of a step_... folder"),
+        ("eval run.yaml --checkpoint nowhere", "nowhere is not a complete checkpoint"),
+        ("eval run.yaml", "no checkpoint under runs/t/checkpoints; train first, or give --checkpoint"),
+        ("train run.yaml --res auto", "unrecognized arguments: --res"),
         ("report nothing", "nothing has no metrics.jsonl; give the folder of a run, such as runs/<name>"),
         ("report run.yaml", "run.yaml has no metrics.jsonl; give the folder of a run, such as runs/<name>"),
         ("report .", ". has no metrics.jsonl; give the folder of a run, such as runs/<name>"),
@@ -201,7 +205,7 @@ def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert capsys.readouterr() == ("", "")
 
 
-def test_good_arguments_reach_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_good_arguments_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, list[str], int]] = []
 
     def run_local(module: str, arguments: list[str], ranks: int) -> int:
@@ -210,9 +214,13 @@ def test_good_arguments_reach_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(launch, "run_local", run_local)
     assert cli.main(["train", "run.yaml", "parallel.tensor=2", "seed=3", "--resume", "auto"]) == 5
+    assert cli.main(["train", "run.yaml", "--resume", "auto", "--nproc", "2", "parallel.tensor=2", "seed=4"]) == 5
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "meta.json").write_text('{"step": 3}')
     assert cli.main(["eval", "run.yaml", "--nproc", "2", "--checkpoint", "c"]) == 5
     assert calls == [
         ("megatron_aspo.train", ["run.yaml", "parallel.tensor=2", "seed=3", "--resume", "auto"], 2),
+        ("megatron_aspo.train", ["run.yaml", "parallel.tensor=2", "seed=4", "--resume", "auto"], 2),
         ("megatron_aspo.evaluation", ["run.yaml", "--checkpoint", "c"], 2),
     ]
 

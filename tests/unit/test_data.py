@@ -84,6 +84,8 @@ def test_a_right_answer_scores_one() -> None:
         ({"prompt_template": "{expresion}"}, r"data\.prompt_template: KeyError 'expresion'; .*expression"),
         ({"prompt_template": "{"}, r"data\.prompt_template: ValueError"),
         ({"prompt_template": "{}"}, r"data\.prompt_template: IndexError"),
+        ({"prompt_template": "{question.foo}"}, r"data\.prompt_template: AttributeError"),
+        ({"prompt_template": "{question[a]}"}, r"data\.prompt_template: TypeError"),
         ({"prompt_template": "{question} →"}, "knows ASCII only"),
         ({"max_tokens": 4}, r"tokens, 4 fit beside the response; raise model\.max_sequence_length"),
     ],

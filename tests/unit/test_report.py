@@ -20,9 +20,7 @@ Record = dict[str, Any]
 
 
 def _train(step: int, **values: float | None) -> Record:
-    return {"step": step, "phase": "train", "time": 0.0} | {
-        k.replace("__", "/"): v for k, v in values.items()
-    }
+    return {"step": step, "phase": "train", "time": 0.0} | {k.replace("__", "/"): v for k, v in values.items()}
 
 
 def _eval(step: int, accuracy: float, count: int | None = None) -> Record:
@@ -54,18 +52,11 @@ def full_run(tmp_path: Path) -> Path:
     """Every metric that a panel shows, 30 steps, and evals with counts."""
     trains = [
         {"step": step, "phase": "train", "time": 0.0}
-        | {
-            key: 0.5 + step / 100
-            for panel in report.PANELS
-            if panel.phase == "train"
-            for key, _, _ in panel.lines
-        }
+        | {key: 0.5 + step / 100 for panel in report.PANELS if panel.phase == "train" for key, _, _ in panel.lines}
         | {"time/rollout": 2.0, "time/update": 3.0, "time/step": 6.0}
         for step in range(1, 31)
     ]
-    warmups = [
-        {"step": s, "phase": "warmup", "time": 0.0, "loss/nll": 3 / s, "eval/accuracy": 0.1} for s in (1, 2)
-    ]
+    warmups = [{"step": s, "phase": "warmup", "time": 0.0, "loss/nll": 3 / s, "eval/accuracy": 0.1} for s in (1, 2)]
     (tmp_path / "config.yaml").write_text(
         "name: <demo>\nmodel:\n  num_layers: 2\n  dtype: float32\nparallel:\n  tensor: 2\n  pipeline: 1\n"
         "loss:\n  objective: aspo\n  norm_length: null\n"
@@ -166,8 +157,7 @@ def test_time_beyond_the_named_parts_is_other(full_run: Path) -> None:
         ([_train(1, reward__mean=0.5, loss__kl=None)], 1),  # never finite: nothing to draw
         ([_train(1, loss__log_ratio_max_first=0.0), _train(2, loss__log_ratio_max_first=1e-6)], 1),
         (
-            [_train(s, reward__mean=s if s % 3 else None) for s in range(1, 40)]
-            + [_eval(9, 0.5), _eval(10, 1.0)],
+            [_train(s, reward__mean=s if s % 3 else None) for s in range(1, 40)] + [_eval(9, 0.5), _eval(10, 1.0)],
             2,
         ),
         ([_train(1, time__rollout=1.0, loss__kl=0.1)], 3),
@@ -208,8 +198,6 @@ def test_refuses_what_is_not_a_run(tmp_path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    heavy = (
-        "import sys, megatron_aspo.report; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
-    )
+    heavy = "import sys, megatron_aspo.report; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

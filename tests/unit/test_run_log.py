@@ -95,7 +95,7 @@ def test_resume_without_earlier_log(tmp_path: Path) -> None:
 
 def test_only_the_last_line_may_be_torn(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "pha\n{"step": 2, "phase": "train"}\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1, is damaged; delete the line"):
         read_metrics(tmp_path)
 
 
