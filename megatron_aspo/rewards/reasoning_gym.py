@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_aspo.data import import_reasoning_gym
 from megatron_aspo.types import Sample
@@ -14,8 +16,13 @@ def score(samples: Sequence[Sample]) -> None:
     The response as a whole is the answer, without surrounding white space. A response cut at the length limit
     counts as it stands.
     """
-    get_score_answer = import_reasoning_gym().get_score_answer_fn
     for sample in samples:
         entry = sample.prompt.entry
-        verify = get_score_answer(entry["metadata"]["source_dataset"])
+        verify = _verifier(entry["metadata"]["source_dataset"])
         sample.reward = float(verify(answer=sample.text.strip(), entry=entry))
+
+
+@functools.cache
+def _verifier(task: str) -> Any:
+    # Making one makes a data set, and some of those read files.
+    return import_reasoning_gym().get_score_answer_fn(task)
