@@ -154,7 +154,7 @@ def full_tensors(policy: Policy) -> dict[str, Tensor]:
     """
     state: dict[str, Any] = policy.model.module.sharded_state_dict()
     apply_factories(state)
-    shards = [t for t in nested_values(state) if isinstance(t, ShardedTensor)]
+    shards: list[Any] = [t for t in nested_values(state) if isinstance(t, ShardedTensor)]
     mine = [(t.key, t.global_shape, t.global_slice(), t.data.detach().clone()) for t in shards]
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, mine)
@@ -162,6 +162,8 @@ def full_tensors(policy: Policy) -> dict[str, Tensor]:
     for key, shape, where, values in itertools.chain(*everyones):
         tensor = whole.setdefault(key, torch.full(shape, torch.nan))
         if not tensor[where].isnan().all():
-            torch.testing.assert_close(tensor[where], values, rtol=1e-6, atol=1e-9, msg=lambda m: f"{key}: {m}")
+            torch.testing.assert_close(
+                tensor[where], values, rtol=1e-6, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}"
+            )
         tensor[where] = values
     return whole

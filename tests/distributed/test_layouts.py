@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ranks import VOCAB, full_gradients, make_samples, run, run_config, write_weights
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from megatron_aspo.policy.trainer import Policy, UpdateMetrics
 pytestmark = pytest.mark.distributed
 
 TIED = replace(run_config().model, tie_embeddings=True)
-_BOTH = {"kl_coef": 0.1, "entropy_coef": 0.01}
+_BOTH: dict[str, Any] = {"kl_coef": 0.1, "entropy_coef": 0.01}
 LOSSES = {
     "aspo": PolicyLossConfig(**_BOTH),
     "aspo, mean of means": PolicyLossConfig(aggregation="seq-mean-token-mean", **_BOTH),

@@ -53,7 +53,8 @@ def learn(policy: Policy, updates: range) -> list[dict[str, float]]:
 
 
 def random_numbers() -> list[float]:
-    with get_cuda_rng_tracker().fork():
+    tracker: Any = get_cuda_rng_tracker()
+    with tracker.fork():
         megatron = torch.rand(())
     return [random.random(), float(np.random.rand()), float(torch.rand(())), float(megatron)]
 
