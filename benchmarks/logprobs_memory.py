@@ -73,7 +73,7 @@ def measure(rank: int, world_size: int, port: int, tokens: int, vocab: int) -> N
             "dtype": "bfloat16",
             "peak_bytes_per_local_logit_forward": round(forward_peak / logits.numel(), 3),
             "peak_bytes_per_local_logit_forward_and_backward": round(memory.peak / logits.numel(), 3),
-            "of_which_the_gradient_itself": 2.0,
+            "of_which_the_gradient_itself": logits.element_size(),
             "collectives_forward": forward_calls,
             "collectives_backward": len(calls) - forward_calls,
             "bytes_sent_per_rank": sum(calls),

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from megatron_aspo import __version__
 from megatron_aspo.config import RunConfig, check_world_size, load_config
 from megatron_aspo.errors import UserError
-from megatron_aspo.run_folder import find_checkpoint, find_resume
+from megatron_aspo.run_folder import find_checkpoint, find_resume, make_folders
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,7 +113,11 @@ def _run_ranks(arguments: argparse.Namespace) -> int:
         raise UserError(f"--nproc={ranks} must be >= 1")
     check_world_size(config, ranks)
     # What the ranks would find out after their slow imports.
-    find_resume(config) if arguments.command == "train" else find_checkpoint(config, arguments.checkpoint)
+    if arguments.command == "train":
+        make_folders(config)
+        find_resume(config)
+    else:
+        find_checkpoint(config, arguments.checkpoint)
     module, option = ("train", "resume") if arguments.command == "train" else ("evaluation", "checkpoint")
     value = getattr(arguments, option)
     rest = [arguments.config, *arguments.overrides, *([f"--{option}", value] if value is not None else [])]

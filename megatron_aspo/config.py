@@ -239,7 +239,7 @@ class OptimizerConfig:
 class WarmupConfig:
     """Supervised warm-up of a model that starts from random weights, through the same training step.
 
-    It imitates a pre-training corpus: `wrong_fraction` of the demonstrations carry another problem's answer.
+    It imitates a pre-training corpus: `wrong_fraction` of the demonstrations carry a wrong answer.
     Its result is cached under `cache_dir`, keyed by everything that went into it.
     """
 

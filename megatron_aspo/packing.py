@@ -44,8 +44,13 @@ def pack(
         raise ValueError(f"a sample of {max(lengths)} tokens exceeds max_tokens={max_tokens}")
     bins = _one_per_bin(len(samples), dp_size) if one_per_row else _balance(lengths, dp_size, max_tokens, multiple)
     totals = [_round_up(max(sum(lengths[i] for i in chosen), 1), multiple) for chosen in bins]
+    # Decided for the whole mini-batch, so that every rank reports the same metrics, also one without samples.
+    has_rollout = bool(samples) and all(sample.rollout_logprobs is not None for sample in samples)
     mine = range(dp_rank, len(bins), dp_size)
-    return [_build([samples[i] for i in bins[b]], max(totals) if equal_length else totals[b], device) for b in mine]
+    return [
+        _build([samples[i] for i in bins[b]], max(totals) if equal_length else totals[b], has_rollout, device)
+        for b in mine
+    ]
 
 
 def _balance(lengths: Sequence[int], dp_size: int, max_tokens: int, multiple: int) -> list[list[int]]:
@@ -69,12 +74,11 @@ def _one_per_bin(count: int, dp_size: int) -> list[list[int]]:
     return [[i] if i < count else [] for i in range(bins)]
 
 
-def _build(samples: Sequence[Sample], length: int, device: torch.device | str) -> MicroBatch:
+def _build(samples: Sequence[Sample], length: int, has_rollout: bool, device: torch.device | str) -> MicroBatch:
     """Concatenate samples into a stream of `length` tokens, padding as a last segment of its own."""
     ints = {name: np.zeros(length, np.int64) for name in ("tokens", "labels", "position_ids", "sequence_ids")}
     mask = np.zeros(length, np.bool_)
     advantages = np.zeros(length, np.float32)
-    has_rollout = bool(samples) and all(sample.rollout_logprobs is not None for sample in samples)
     rollout_logprobs = np.zeros(length, np.float32)
     boundaries = [0]
     for index, sample in enumerate(samples):

@@ -22,8 +22,23 @@ def checkpoints_folder(config: RunConfig) -> Path:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The complete checkpoints under `root`, oldest first."""
-    folders = root.glob(f"{STEP_PREFIX}*")
-    return sorted(p for p in folders if p.suffix != PARTIAL_SUFFIX and (p / META_FILE).is_file())
+    folders = [p for p in root.glob(f"{STEP_PREFIX}*") if p.suffix != PARTIAL_SUFFIX and (p / META_FILE).is_file()]
+    return sorted(folders, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name; -1 for another name."""
+    number = path.name.removeprefix(STEP_PREFIX)
+    return int(number) if number.isdecimal() else -1
+
+
+def make_folders(config: RunConfig) -> None:
+    """The folders a run writes to. Raises UserError where one cannot be made."""
+    for name, folder in (("output_dir", config.run_dir), ("warmup.cache_dir", Path(config.warmup.cache_dir))):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{name}: cannot make the folder {folder}: {error.strerror}; choose another") from None
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -31,9 +46,11 @@ def read_meta(path: Path) -> dict[str, Any]:
     if not (path / META_FILE).is_file():
         raise UserError(f"{path} is not a complete checkpoint; give the path of a {STEP_PREFIX}... folder")
     try:
-        return json.loads((path / META_FILE).read_text())
-    except ValueError:
+        meta = json.loads((path / META_FILE).read_text())
+        meta["model"].items()
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path / META_FILE} is damaged; delete the folder and use an older one") from None
+    return meta
 
 
 def find_resume(config: RunConfig) -> Path | None:
@@ -48,7 +65,9 @@ def find_resume(config: RunConfig) -> Path | None:
                 f"{config.run_dir} already has checkpoints; continue with --resume auto, or choose another name=..."
             )
         return None
-    read_meta(Path(resume))
+    missing = {"step", "updates", "layout", "state"} - read_meta(Path(resume)).keys()
+    if missing:
+        raise UserError(f"{resume} holds weights only, no state to resume from; give the path of a step_... folder")
     return Path(resume)
 
 

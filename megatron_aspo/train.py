@@ -20,7 +20,7 @@ from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
 from megatron_aspo.rewards.reasoning_gym import score
 from megatron_aspo.rollout.megatron import EmbeddedEngine
-from megatron_aspo.run_folder import checkpoints_folder, find_resume, read_meta
+from megatron_aspo.run_folder import checkpoints_folder, find_resume, make_folders, read_meta
 from megatron_aspo.tokenizer import AsciiTokenizer
 from megatron_aspo.types import MicroBatch, Sample
 from megatron_aspo.warmup import warm_up
@@ -28,6 +28,7 @@ from megatron_aspo.warmup import warm_up
 
 def train(config: RunConfig, argv: list[str]) -> None:
     """Run `config.train.steps` steps of ASPO: sample, score, compare within groups, update, and again."""
+    make_folders(config)
     resume_from = find_resume(config)
     resume_step = int(read_meta(resume_from)["step"]) if resume_from else None
     tokenizer = AsciiTokenizer()
@@ -49,8 +50,8 @@ def train(config: RunConfig, argv: list[str]) -> None:
 
         if resume_step is not None and resume_step >= steps:
             journal.say(f"{config.run_dir} is complete: {resume_step} of {steps} steps; delete it to train again")
+        clock = Clock()
         for step in range((resume_step or 0) + 1, steps + 1):
-            clock = Clock()
             groups, values = sample_groups(engine, prompts, config, clock)
             mini_batches = [policy.pack(samples) for samples in split_into_mini_batches(groups, config)]
 
@@ -64,17 +65,17 @@ def train(config: RunConfig, argv: list[str]) -> None:
             with clock("update"):
                 values |= update(policy, mini_batches, config)
 
+            journal.record("train", step, steps, values | clock.seconds())
+
+            clock = Clock()  # what follows is timed with the next step
+            if step == steps or (config.eval.every and step % config.eval.every == 0):
+                with clock("eval"):
+                    journal.record("eval", step, steps, evaluate(engine, prompts, config.eval))
+            # Last of all: a run that is killed before does the step again, and logs it again.
             if step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 with clock("checkpoint"):
                     state = {"prompts": prompts.state_dict()}
                     checkpoint.save(checkpoints_folder(config), step, policy, state, config.checkpoint.keep)
-            evaluated = None
-            if step == steps or (config.eval.every and step % config.eval.every == 0):
-                with clock("eval"):
-                    evaluated = evaluate(engine, prompts, config.eval)
-            journal.record("train", step, steps, values | clock.seconds())
-            if evaluated is not None:
-                journal.record("eval", step, steps, evaluated)
 
 
 def sample_groups(
@@ -135,7 +136,7 @@ def update(policy: Policy, mini_batches: Sequence[list[MicroBatch]], config: Run
             policy.train_step(mini_batch, config.loss, metrics)
     means = metrics.reduce()
     largest = means.get("log_ratio_max_first", 0.0)
-    if largest > config.train.ratio_tolerance:
+    if not largest <= config.train.ratio_tolerance:  # NaN too
         warn(
             f"max |log r| = {largest:.1e} on the step's first mini-batch, where the policy is still the old one: the "
             "trainer does not reproduce its own log-probs (dropout, or nondeterministic kernels); importance "

@@ -36,7 +36,8 @@ def warm_up(policy: Policy, config: RunConfig, journal: Journal) -> None:
         return
     warmup = config.warmup
     policy.reset_optimizer(replace(config.optimizer, lr=warmup.lr, weight_decay=0.0))
-    data = replace(config.data, seed=(config.data.seed + _DEMONSTRATION_SEED) % (1 << 30))
+    seed = (config.data.seed + _DEMONSTRATION_SEED) % (1 << 30)
+    data = replace(config.data, seed=seed if seed != config.data.eval_seed else seed + 1)
     prompts = ReasoningGymPrompts.of(replace(config, data=data), AsciiTokenizer())
     rng = np.random.default_rng([config.seed, _DEMONSTRATION_SEED])
     metrics = UpdateMetrics()
@@ -83,7 +84,9 @@ def cache_path(config: RunConfig) -> Path:
     """Keyed by everything that the warmed-up weights depend on but the layout."""
     what = {name: asdict(getattr(config, name)) for name in ("model", "data", "warmup")}
     what["seed"] = {"seed": config.seed}
-    what["optimizer"] = asdict(config.optimizer)
+    # The warm-up has its own learning rate and no weight decay; it learns the tempered distribution.
+    what["optimizer"] = asdict(replace(config.optimizer, lr=config.warmup.lr, weight_decay=0.0))
+    what["sampling"] = {"temperature": config.rollout.temperature}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     return Path(config.warmup.cache_dir) / f"warmup-{digest}"
 

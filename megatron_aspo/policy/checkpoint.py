@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_aspo.errors import UserError
 from megatron_aspo.policy.trainer import Policy
-from megatron_aspo.run_folder import META_FILE, PARTIAL_SUFFIX, STEP_PREFIX, list_checkpoints, read_meta
+from megatron_aspo.run_folder import META_FILE, PARTIAL_SUFFIX, STEP_PREFIX, list_checkpoints, read_meta, step_of
 
 # The one format of the distributed optimizer that can be read at another layout.
 _OPTIMIZER_FORMAT = {
@@ -58,8 +58,11 @@ def save(root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int
 
     def publish() -> None:
         _publish(partial, final, meta)
-        for old in list_checkpoints(root)[:-keep] if keep else []:
-            shutil.rmtree(old)
+        # A run that went back to an older checkpoint has left the newer ones behind: they are not its future.
+        stale = [path for path in list_checkpoints(root) if step_of(path) > step]
+        kept = [path for path in list_checkpoints(root) if path not in stale]
+        for path in stale + (kept[:-keep] if keep else []):
+            shutil.rmtree(path)
 
     dist.barrier()
     _on_rank_0(publish)

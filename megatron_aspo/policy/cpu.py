@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -194,16 +194,3 @@ def _segment_indices(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tenso
     offset = torch.arange(max_seqlen)
     inside = offset < lengths[:, None]
     return torch.where(inside, starts[:, None] + offset, 0), inside.flatten().nonzero()[:, 0]
-
-
-@contextlib.contextmanager
-def suspended() -> Iterator[None]:
-    """Leave the function mode for a while, for libraries that should see torch as it is."""
-    if not _active:
-        yield
-        return
-    _active[-1].__exit__(None, None, None)
-    try:
-        yield
-    finally:
-        _active[-1].__enter__()

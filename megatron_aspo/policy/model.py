@@ -36,8 +36,10 @@ def initialize_parallel(config: ParallelConfig, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor, pipeline_model_parallel_size=config.pipeline
     )
-    # Stages of a pipeline hold different layers and must not draw the same weights.
-    model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    # Stages of a pipeline hold different layers and must not draw the same weights (from torch's own generator).
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
 
 
 def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> DistributedDataParallel:
@@ -129,8 +131,10 @@ def _block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
     if torch.cuda.is_available():
         if importlib.util.find_spec("transformer_engine") is None:
             raise UserError(
-                "packed sequences on a GPU need Transformer Engine; install it with pip install 'megatron-aspo[gpu]'"
+                "packed sequences on a GPU need Transformer Engine; install it: uv pip install -p .venv -e '.[gpu]'"
             )
+        if not config.bf16:
+            raise UserError("packed attention on a GPU has no float32 kernel; set model.dtype=bfloat16")
         return get_gpt_layer_with_transformer_engine_spec()
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer: Any = spec.submodules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_aspo.config import OptimizerConfig, PolicyLossConfig, RunConfig
+from megatron_aspo.errors import UserError
 from megatron_aspo.loss import megatron_loss_func, vocab_parallel_logprobs
 from megatron_aspo.packing import pack
 from megatron_aspo.policy.model import build_model, initialize_parallel, model_inputs
@@ -34,7 +36,7 @@ class UpdateMetrics:
 
     Attributes:
         sums: name -> [2] float64, (sum, count).
-        first_log_ratio: max |log r| of the first update added; 0 unless trainer and rollout weights differ.
+        first_log_ratio: max |log r| of the first update added; 0 if the trainer reproduces its own old log-probs.
         grad_norms: one per update, before clipping.
     """
 
@@ -58,14 +60,13 @@ class UpdateMetrics:
         means: dict[str, float] = {}
         if parallel_state.is_pipeline_last_stage() and self.sums:
             assert self.first_log_ratio is not None
-            table = torch.stack(list(self.sums.values()))
+            names = sorted(self.sums)
+            table = torch.stack([self.sums[name] for name in names])
             group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
             dist.all_reduce(table, group=group)
             dist.all_reduce(self.first_log_ratio, op=dist.ReduceOp.MAX, group=group)
             means = {
-                name: float(total / count)
-                for name, (total, count) in zip(self.sums, table.tolist(), strict=True)
-                if count
+                name: float(total / count) for name, (total, count) in zip(names, table.tolist(), strict=True) if count
             }
             means["log_ratio_max_first"] = float(self.first_log_ratio)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -94,8 +95,16 @@ class Policy:
         self.dp_group: Any = parallel_state.get_data_parallel_group()
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
+        self.is_first_stage = parallel_state.is_pipeline_first_stage()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        self.stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self.previous_stage = parallel_state.get_pipeline_model_parallel_prev_rank()
+        self.next_stage = parallel_state.get_pipeline_model_parallel_next_rank()
+        self.last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
+        self.tp_source = parallel_state.get_tensor_model_parallel_src_rank()
         self.device = next(self.model.parameters()).device
+        # Megatron's wrapper of 16-bit models would copy the logits to float32: twice their memory for nothing.
+        self._output_dtype = {"fp32_output": False} if self.model.config.bf16 else {}
         self.updates = 0
         self.reset_optimizer(config.optimizer)
         self._reference: list[Tensor] | None = None
@@ -164,6 +173,11 @@ class Policy:
         self.model.zero_grad_buffer()
         reported = self._forward_backward(batches, partial(self._loss_step, loss), forward_only=False)
         updated, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm or 0.0):  # a global norm: all ranks stop here
+            raise UserError(
+                f"the gradient norm of update {self.updates + 1} is {grad_norm}; the last checkpoint is intact, "
+                "resume from it with a lower optimizer.lr"
+            )
         if updated:
             self.scheduler.step(1)
             self.updates += 1
@@ -208,7 +222,7 @@ class Policy:
 
     def _loss_step(self, loss: PolicyLossConfig, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)
-        return model(**model_inputs(batch)), partial(
+        return model(**model_inputs(batch), **self._output_dtype), partial(
             megatron_loss_func,
             targets=batch.labels[None],
             old_logprobs=_row(batch.old_logprobs),
@@ -231,7 +245,7 @@ class Policy:
             )
             return logits.new_zeros(()), batch.loss_mask.sum().int(), {"logprobs": logprobs}
 
-        return model(**model_inputs(batch)), logprobs_of
+        return model(**model_inputs(batch), **self._output_dtype), logprobs_of
 
 
 def _pipeline_group() -> Any:

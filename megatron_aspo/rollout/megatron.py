@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
@@ -124,10 +123,9 @@ class EmbeddedEngine:
         model: Any = self.policy.model.module
         rows, length = tokens.shape
         hidden_shape = (length, rows, self.policy.model.config.hidden_size)
-        first = parallel_state.is_pipeline_first_stage()
-        if not first:
+        if not self.policy.is_first_stage:
             received = torch.empty(hidden_shape, dtype=self.policy.model.config.pipeline_dtype, device=tokens.device)
-            dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank())
+            dist.recv(received, src=self.policy.previous_stage)
             model.set_input_tensor(received)
         start = context.sequence_len_offset
         output = model(
@@ -139,27 +137,24 @@ class EmbeddedEngine:
         )
         if self.policy.is_last_stage:
             return output[:, -1].float()
-        dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
+        dist.send(output.contiguous(), dst=self.policy.next_stage)
         return None
 
     def _choose(
         self, logits: Tensor | None, temperature: float, uniform: Tensor | None, step: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Next tokens [b] and their log-probs [b], on every stage."""
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
         if logits is not None:
             u = None if uniform is None else uniform.gather(1, step.clamp(max=uniform.shape[1] - 1)[:, None])[:, 0]
             chosen, logprob = sample_tokens(logits, temperature, self.config.top_p, u)
-            if stages == 1:
-                return chosen, logprob
             both = torch.stack([chosen.double(), logprob.double()])
+            if both.is_cuda and self.policy.tp_group.size() > 1:
+                # CUDA's cumulative sum need not be the same on two ranks, and one other token would part them for good.
+                dist.broadcast(both, src=self.policy.tp_source, group=self.policy.tp_group)
         else:
             both = torch.empty(2, len(step), dtype=torch.float64, device=step.device)
-        dist.broadcast(
-            both,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=self.policy.pp_group,
-        )
+        if self.policy.stages > 1:
+            dist.broadcast(both, src=self.policy.last_stage, group=self.policy.pp_group)
         return both[0].long(), both[1].float()
 
     def _ends_with_stop(self, tokens: Tensor, written: Tensor) -> Tensor:

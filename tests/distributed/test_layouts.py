@@ -55,8 +55,10 @@ LAYOUTS = {
 }
 
 
-def take_updates(folder: Path, model: ModelConfig, parallel: ParallelConfig, arrangements: Any) -> dict[Any, Any]:
-    """(arrangement, loss) -> (metrics, gradients of whole parameters by name) of one update."""
+def take_updates(
+    folder: Path, model: ModelConfig, parallel: ParallelConfig, arrangements: Any, count: int | None = None
+) -> dict[Any, Any]:
+    """(arrangement, loss) -> (metrics, gradients of whole parameters by name) of one update on `count` samples."""
     config = run_config(parallel, model=model)
     updates: dict[Any, Any] = {}
     with distributed(config):
@@ -73,7 +75,7 @@ def take_updates(folder: Path, model: ModelConfig, parallel: ParallelConfig, arr
         policy.optimizer.step = step_after_a_look
         for arrangement, (train, losses) in arrangements.items():
             policy.config = replace(config, train=train)
-            batches = policy.pack(make_samples())
+            batches = policy.pack(make_samples()[:count])
             checkpoint.load_weights(folder / "old", policy)
             policy.fill_logprobs(batches, "old_logprobs")
             policy.fill_logprobs(batches, "ref_logprobs")
@@ -126,4 +128,14 @@ def test_an_update_of_tied_embeddings_is_the_same_at_two_stages(tmp_path: Path) 
     run(1, write_weights, tmp_path, TIED)
     (reference,) = run(1, take_updates, tmp_path, TIED, ParallelConfig(), REFERENCE)
     updates = run(2, take_updates, tmp_path, TIED, ParallelConfig(pipeline=2), ARRANGEMENTS)
+    check_updates(updates, reference)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp2-tp2"])
+def test_a_rank_without_samples_changes_nothing(layout: str, weights: Path) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    (reference,) = run(1, take_updates, weights, run_config().model, ParallelConfig(), REFERENCE, 1)
+    arrangements = {name: (train, ["aspo, entropy split", "cispo"]) for name, (train, _) in ARRANGEMENTS.items()}
+    updates = run(ranks, take_updates, weights, run_config().model, parallel, arrangements, 1)
+    assert "rollout_logprob_diff" in updates[0]["one stream", "aspo, entropy split"][0]
     check_updates(updates, reference)

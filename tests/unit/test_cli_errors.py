@@ -180,6 +180,8 @@ def test_files(capsys: pytest.CaptureFixture[str], folder: Path, content: str | 
         ("train run.yaml --resume", "--resume: expected one argument; see megatron-aspo train --help"),
         ("train run.yaml --steps 3", "unrecognized arguments: --steps"),
         ("train run.yaml --checkpoint x", "unrecognized arguments: --checkpoint"),
+        ("train run.yaml output_dir=run.yaml", "output_dir: cannot make the folder run.yaml/t: Not a directory"),
+        ("train run.yaml warmup.cache_dir=run.yaml/c", "warmup.cache_dir: cannot make the folder run.yaml/c"),
         ("train run.yaml --resume nowhere", "nowhere is not a complete checkpoint; give the path of a step_... folder"),
         ("eval run.yaml --checkpoint nowhere", "nowhere is not a complete checkpoint"),
         ("eval run.yaml", "no checkpoint under runs/t/checkpoints; train first, or give --checkpoint"),
@@ -216,7 +218,7 @@ def test_good_arguments_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.Monk
     assert cli.main(["train", "run.yaml", "parallel.tensor=2", "seed=3", "--resume", "auto"]) == 5
     assert cli.main(["train", "run.yaml", "--resume", "auto", "--nproc", "2", "parallel.tensor=2", "seed=4"]) == 5
     (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "meta.json").write_text('{"step": 3}')
+    (tmp_path / "c" / "meta.json").write_text('{"step": 3, "model": {}}')
     assert cli.main(["eval", "run.yaml", "--nproc", "2", "--checkpoint", "c"]) == 5
     assert calls == [
         ("megatron_aspo.train", ["run.yaml", "parallel.tensor=2", "seed=3", "--resume", "auto"], 2),
