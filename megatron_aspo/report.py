@@ -79,8 +79,8 @@ class Panel:
 PANELS = (
     Panel("Reward", (("reward/mean", "mean reward", BLUE), ("reward/accuracy", "share correct", GREEN))),
     Panel(
-        "Held-out accuracy",
-        (("eval/accuracy", "sampled, 95% interval", GREEN), ("eval/greedy_accuracy", "greedy", BLUE)),
+        "Held-out accuracy, 95%",
+        (("eval/accuracy", "sampled", GREEN), ("eval/greedy_accuracy", "greedy", BLUE)),
         phase="eval",
         percent=True,
     ),
@@ -106,8 +106,8 @@ PANELS = (
     Panel("Policy loss", (("loss/value", "per token", RED),)),
     Panel("Response length", (("rollout/response_length", "tokens", GREY),)),
     Panel(
-        "Repetition and truncation",
-        (("rollout/repetition", "4-grams repeated", ORANGE), ("rollout/truncated", "cut at the limit", GREY)),
+        "Bad responses",
+        (("rollout/repetition", "repeated 4-grams", ORANGE), ("rollout/truncated", "cut off", GREY)),
         percent=True,
     ),
     Panel(
