@@ -79,7 +79,7 @@ class Panel:
 PANELS = (
     Panel("Reward", (("reward/mean", "mean reward", BLUE), ("reward/accuracy", "share correct", GREEN))),
     Panel(
-        "Held-out accuracy, 95%",
+        "Held-out accuracy",
         (("eval/accuracy", "sampled", GREEN), ("eval/greedy_accuracy", "greedy", BLUE)),
         phase="eval",
         percent=True,
