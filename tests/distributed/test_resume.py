@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,11 +120,11 @@ def test_a_checkpoint_before_the_first_update(weights: Path, tmp_path: Path) -> 
     assert run(2, load_and_go_on, weights, tmp_path, parallel, 0) == expected
 
 
-def save_three(root: Path, keep: int) -> None:
+def save_steps(root: Path, steps: Sequence[int], keep: int) -> None:
     config = run_config()
     with distributed(config):
         policy = Policy(config, VOCAB)
-        for step in (8, 9, 10):
+        for step in steps:
             checkpoint.save(root, step, policy, {}, keep)
 
 
@@ -149,15 +150,18 @@ def test_only_complete_checkpoints_count_and_the_newest_are_kept(tmp_path: Path)
     assert list_checkpoints(root) == []
     assert find_resume(config) is None
 
-    run(1, save_three, root, 2)
+    run(1, save_steps, root, (8, 9, 10), 2)
     assert [path.name for path in list_checkpoints(root)] == ["step_000009", "step_000010"]
     assert not (root / "step_000008").exists()
     assert find_resume(config) == root / "step_000010"
     assert [read_meta(path)["step"] for path in list_checkpoints(root)] == [9, 10]
 
+    run(1, save_steps, root, (9,), 2)  # a run that was taken back to before step 9: step 10 is not its future
+    assert [path.name for path in list_checkpoints(root)] == ["step_000009"]
+
 
 def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path: Path) -> None:
-    run(1, save_three, tmp_path, 0)
+    run(1, save_steps, tmp_path, (8, 9, 10), 0)
     min((tmp_path / "step_000008").glob("*.distcp")).unlink()
     for step, name in ((9, "__0_0.distcp"), (10, ".metadata")):
         whole = (tmp_path / f"step_{step:06d}" / name).read_bytes()
