@@ -108,14 +108,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How one replica of the model is spread over ranks; data parallelism takes what is left of the world."""
+    """How one replica of the model is spread over ranks; data parallelism takes what is left of the world.
+
+    Attributes:
+        tensor: ranks that share every weight matrix.
+        pipeline: ranks that hold a part of the layers each.
+        context: ranks that hold a part of every packed stream each (Megatron's context parallelism).
+        sequence_parallel: between the weight matrices each tensor-parallel rank keeps its share of the tokens only.
+    """
 
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(self, "tensor", "pipeline")
+        _require_positive(self, "tensor", "pipeline", "context")
         _require(
             not self.sequence_parallel or self.tensor > 1,
             "sequence_parallel=true needs tensor > 1; set parallel.sequence_parallel=false",
@@ -123,7 +131,14 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        return self.tensor * self.pipeline
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def stream_multiple(self) -> int:
+        """What a packed stream's length must be a multiple of: its context-parallel parts are pairs of chunks, and
+        under sequence parallelism every part is spread evenly over the tensor-parallel ranks."""
+        share = self.tensor if self.sequence_parallel else 1
+        return math.lcm(2 * self.context, share * self.context) if self.context > 1 else share
 
 
 @dataclass(frozen=True)
@@ -195,7 +210,7 @@ class TrainConfig:
 
     Attributes:
         mini_batch_prompts: prompt groups per optimizer update.
-        max_tokens_per_micro_batch: upper limit of a packed stream's length.
+        max_tokens_per_micro_batch: upper limit of a packed stream's length, before context parallelism parts it.
         packing: False gives every sample a micro-batch row of its own.
         ratio_tolerance: the importance ratio must be 1 on the first mini-batch of a step; a warning tells
             when max |log r| exceeds this there.
@@ -383,7 +398,8 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
     if world_size % size:
         raise UserError(
             f"{world_size} rank(s) cannot hold parallel.tensor={config.parallel.tensor} x "
-            f"parallel.pipeline={config.parallel.pipeline}; start a multiple of {size} ranks"
+            f"parallel.pipeline={config.parallel.pipeline} x parallel.context={config.parallel.context}; "
+            f"start a multiple of {size} ranks"
         )
 
 
@@ -484,8 +500,7 @@ def _check_together(config: RunConfig) -> None:
             f"rollout.max_response_tokens={rollout.max_response_tokens} leaves no room for a prompt in "
             f"model.max_sequence_length={model.max_sequence_length}; lower the first or raise the second"
         )
-    multiple = parallel.tensor if parallel.sequence_parallel else 1
-    longest = math.ceil(model.max_sequence_length / multiple) * multiple
+    longest = math.ceil(model.max_sequence_length / parallel.stream_multiple) * parallel.stream_multiple
     if train.max_tokens_per_micro_batch < longest:
         raise UserError(
             f"train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} is less than {longest}, where "

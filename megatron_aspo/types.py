@@ -53,13 +53,17 @@ class MicroBatch:
 
     Position t holds the input token t; `labels[t]` is the token it must predict, and `loss_mask`, `advantages`
     and all log-probs at t speak of that label. The last position of a sample and all padding are masked.
+    Under context parallelism the per-token tensors are this rank's part of the stream, [T / context]
+    (`packing.stream_part`); what is said of the stream's segments is said of the whole.
 
     Attributes:
         old_logprobs, ref_logprobs: by the trainer, filled in before the first update of the step, on the last
             pipeline stage. `old_logprobs=None` stands for the current policy itself, that is ratio 1.
-        cu_seqlens: [n + 1] int32, where each sample begins and ends; padding is a last segment of its own.
+        cu_seqlens: [n + 1] int32, where each sample begins and ends; padding is a last segment of its own, and
+            under context parallelism every segment ends in some too.
         max_seqlen: the longest segment.
-        sequence_ids: which sample of the stream a position belongs to.
+        sequence_ids: which sample of the stream a position belongs to, the same number on all ranks that hold
+            a part of it.
     """
 
     tokens: Tensor

@@ -202,7 +202,12 @@ def _megatron_rng() -> Any:
 
 def _layout(policy: Policy) -> dict[str, int]:
     parallel = policy.config.parallel
-    return {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "data": policy.dp_size}
+    return {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "context": parallel.context,
+        "data": policy.dp_size,
+    }
 
 
 def _publish(partial: Path, final: Path, meta: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ Megatron-Core takes CUDA for granted in several ways, and each has its answer he
 - its checkpoint writer, which spawns a helper process a rank to hand results back (it imports torch again, takes
   0.5 GB, and stays when the rank is killed): a synchronous save needs a queue of this process only;
 - layers that exist for GPUs only, or are slow elsewhere: a norm that knows sequence parallelism, attention and
-  rotary embedding over packed streams.
+  rotary embedding over packed streams, with context parallelism.
 
 Nothing happens when CUDA is available.
 """
@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from megatron_aspo.packing import stream_part
 
 _active: list[TorchFunctionMode] = []
 
@@ -118,12 +120,14 @@ def _replace_cuda_functions() -> None:
 
 
 def _apply_rotary_thd(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *, cp_group: Any, **options: Any) -> Tensor:
-    """Rotary embedding of a packed stream [T, h, d] in one go; Megatron's own loops over the segments."""
+    """Rotary embedding of this rank's part [T / C, h, d] of a packed stream in one go; Megatron's own loops over the
+    segments."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
-    assert cp_group.size() == 1, "context parallelism needs Transformer Engine"
-    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=t.shape[0])
-    positions = torch.arange(t.shape[0]) - starts
+    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+    positions = torch.arange(len(starts)) - starts
+    if cp_group.size() > 1:
+        positions = positions[stream_part(cu_seqlens, cp_group.rank(), cp_group.size())]
     return _apply_rotary_pos_emb_bshd(t[:, None], freqs[positions], **options)[:, 0]
 
 
@@ -143,13 +147,14 @@ class PackedAttention(torch.nn.Module):
     """Causal attention over packed streams (THD) and over batches (SBHD), in plain torch.
 
     A stream is unfolded to [segments, heads, longest segment, dim], so that work grows with the square of the
-    segments' length and not of the stream's; no [T, T] mask exists.
+    segments' length and not of the stream's; no [T, T] mask exists. Under context parallelism every rank gathers the
+    keys and values of the whole stream; batches are never parted.
     """
 
-    def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
-        assert config.context_parallel_size == 1, "context parallelism needs Transformer Engine's attention"
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         assert config.attention_dropout == 0, "PackedAttention has no dropout"
 
     def forward(
@@ -162,7 +167,8 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
-        """[T, h, d] with `packed_seq_params`, else [s, b, h, d] -> [T, h d] or [s, b, h d].
+        """[T, h, d] with `packed_seq_params`, else [s, b, h, d] -> [T, h d] or [s, b, h d]; under context
+        parallelism T is this rank's part of the stream.
 
         In a batch the last query stands at the last key, as it does with a key-value cache.
         """
@@ -171,7 +177,25 @@ class PackedAttention(torch.nn.Module):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             out = _causal_attention(q, k, v, self.softmax_scale)
             return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
-        unfold, fold = _segment_indices(packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q)
+        if self.cp_group is not None:
+            return self._parted(query, key, value, packed_seq_params)
+        return self._packed(query, key, value, packed_seq_params)
+
+    def _parted(self, query: Tensor, key: Tensor, value: Tensor, stream: Any) -> Tensor:
+        """Whole keys and values, and queries that are zero where other ranks have theirs: exact, and as much work on
+        every rank as the whole stream."""
+        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+        assert self.cp_group is not None
+        parts = [stream_part(stream.cu_seqlens_q, c, self.cp_group.size()) for c in range(self.cp_group.size())]
+        mine, back_in_order = parts[self.cp_group.rank()], torch.cat(parts).argsort()
+        # Its backward pass is a reduce-scatter: a key's gradient is the sum over the queries of all ranks.
+        k, v = (gather_from_sequence_parallel_region(x, group=self.cp_group)[back_in_order] for x in (key, value))
+        q = query.new_zeros(len(back_in_order), *query.shape[1:]).index_copy(0, mine, query)
+        return self._packed(q, k, v, stream)[mine]
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, stream: Any) -> Tensor:
+        unfold, fold = _segment_indices(stream.cu_seqlens_q, stream.max_seqlen_q)
         # Slots past a segment's end repeat its stream's first token: causality keeps them from being seen.
         q, k, v = (x[unfold].transpose(1, 2) for x in (query, key, value))
         out = _causal_attention(q, k, v, self.softmax_scale).transpose(1, 2)

@@ -34,7 +34,9 @@ def initialize_parallel(config: ParallelConfig, seed: int) -> None:
     The data-parallel size is what is left of the world.
     """
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor, pipeline_model_parallel_size=config.pipeline
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        context_parallel_size=config.context,
     )
     # Stages of a pipeline hold different layers and must not draw the same weights (from torch's own generator).
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
@@ -53,7 +55,7 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) 
             f"the vocabulary of {vocab_size} tokens is not a multiple of parallel.tensor={parallel.tensor}; change it"
         )
     transformer = transformer_config(config, parallel)
-    model: torch.nn.Module = GPTModel(
+    gpt = GPTModel(
         config=transformer,
         transformer_layer_spec=_block_spec(transformer),  # type: ignore[arg-type]  (a block's is taken too)
         vocab_size=vocab_size,
@@ -65,6 +67,10 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) 
         share_embeddings_and_output_weights=config.tie_embeddings,
         parallel_output=True,
     )
+    # Under context parallelism Megatron would cut the table of rotary angles for batches too, but only packed streams
+    # are parted here, and those look their positions up in the whole table; decoding sees whole sequences.
+    gpt.rotary_pos_emb.cp_group = None
+    model: torch.nn.Module = gpt
     if torch.cuda.is_available():
         model = model.cuda()
     if transformer.bf16:
@@ -97,6 +103,7 @@ def transformer_config(config: ModelConfig, parallel: ParallelConfig) -> Transfo
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -110,7 +117,11 @@ def transformer_config(config: ModelConfig, parallel: ParallelConfig) -> Transfo
 
 
 def model_inputs(batch: MicroBatch) -> dict[str, Any]:
-    """The keyword arguments of the model's forward pass for a packed stream (THD: batch dimension 1)."""
+    """The keyword arguments of the model's forward pass for a packed stream (THD: batch dimension 1).
+
+    Under context parallelism the tokens are this rank's part, and the segments those of the whole stream. Padding
+    counts as a part of its segment, so the padded lengths (`cu_seqlens_q_padded`) need no mention.
+    """
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,

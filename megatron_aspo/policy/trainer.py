@@ -92,9 +92,11 @@ class Policy:
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.tp_group: Any = parallel_state.get_tensor_model_parallel_group()
         self.pp_group = _pipeline_group()
-        self.dp_group: Any = parallel_state.get_data_parallel_group()
+        self.cp_group: Any = parallel_state.get_context_parallel_group()
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
+        # Decoding is not context-parallel, so context-parallel ranks take shares of the requests as well.
+        self.rollout_group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.is_first_stage = parallel_state.is_pipeline_first_stage()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         self.stages = parallel_state.get_pipeline_model_parallel_world_size()
@@ -151,7 +153,9 @@ class Policy:
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
             max_tokens=train.max_tokens_per_micro_batch,
-            multiple=parallel.tensor if parallel.sequence_parallel else 1,
+            multiple=parallel.stream_multiple,
+            context_rank=self.cp_group.rank(),
+            context_size=parallel.context,
             one_per_row=not train.packing,
             equal_length=parallel.pipeline > 1,
             device=self.device,
@@ -215,7 +219,7 @@ class Policy:
             data_iterator=iter(batches),
             model=[self.model],
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.numel(),
+            seq_length=batches[0].tokens.numel() * self.config.parallel.context,  # Megatron divides by it again
             micro_batch_size=1,
             forward_only=forward_only,
         )

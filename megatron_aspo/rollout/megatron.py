@@ -60,9 +60,9 @@ class EmbeddedEngine:
             for i, prompt in enumerate(prompts)
             for k in range(responses_per_prompt)
         ]
-        # Neighbours in length share a batch; ranks take every dp-th request of the sorted list.
+        # Neighbours in length share a batch; of n ranks each takes every n-th request of the sorted list.
         by_length = sorted(requests, key=lambda request: (len(request.prompt.token_ids), request.index))
-        mine = by_length[self.policy.dp_rank :: self.policy.dp_size]
+        mine = by_length[self.policy.rollout_group.rank() :: self.policy.rollout_group.size()]
         written: list[tuple[int, Sample]] = []
         with self._inference_mode():
             for start in range(0, len(mine), self.config.batch_size):
@@ -178,15 +178,15 @@ class EmbeddedEngine:
         return torch.from_numpy(np.stack(rows)).to(self.policy.device)
 
     def _gather(self, written: list[tuple[int, Sample]]) -> list[list[tuple[int, Sample]]]:
-        if self.policy.dp_size == 1:
+        if self.policy.rollout_group.size() == 1:
             return [written]
-        parts: list[list[tuple[int, Sample]]] = [[] for _ in range(self.policy.dp_size)]
-        dist.all_gather_object(parts, written, group=self.policy.dp_group)
+        parts: list[list[tuple[int, Sample]]] = [[] for _ in range(self.policy.rollout_group.size())]
+        dist.all_gather_object(parts, written, group=self.policy.rollout_group)
         return parts
 
     @contextlib.contextmanager
     def _inference_mode(self) -> Iterator[None]:
-        """Megatron's inference mode, and no sequence parallelism: one position cannot be split over ranks."""
+        """Megatron's inference mode, and no sequence or context parallelism: one position cannot be split."""
         wrapped = self.policy.model
         wrapped.eval()
         inner: Any = wrapped.module
@@ -195,10 +195,21 @@ class EmbeddedEngine:
         sequence_parallel = wrapped.config.sequence_parallel
         if sequence_parallel:
             set_model_to_sequence_parallel(inner, False)
+        group = self.policy.cp_group
+        # Transformer Engine's attention takes its input for a part of the sequence as long as it has a group.
+        parted: list[Any] = [
+            m for m in inner.modules() if hasattr(m, "set_context_parallel_group") and group.size() > 1
+        ]
+        for attention in parted:
+            attention.set_context_parallel_group(None, None, None, attention.cp_comm_type)
         try:
             with InferenceMode.active():
                 yield
         finally:
+            for attention in parted:
+                attention.set_context_parallel_group(
+                    group, dist.get_process_group_ranks(group), type(attention).cp_stream, attention.cp_comm_type
+                )
             if sequence_parallel:
                 set_model_to_sequence_parallel(inner, True)
 

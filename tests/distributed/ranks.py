@@ -135,10 +135,10 @@ def write_weights(folder: Path, model: ModelConfig) -> None:
 
 def full_gradients(policy: Policy) -> dict[str, Tensor]:
     """Gradients of whole parameters by name, on every rank, after a backward pass and before the optimizer's step."""
-    group = parallel_state.get_data_parallel_group()
+    group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
     for buffer in policy.model.buffers:
         for bucket in buffer.buckets:  # the reduce-scatter left this rank's part valid
-            mine = bucket.grad_data.chunk(policy.dp_size)[policy.dp_rank].clone()
+            mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
             dist.all_gather_single(bucket.grad_data, mine, group=group)
     weights = [parameter.detach().clone() for parameter in policy.model.parameters()]
     policy._assign([parameter.main_grad for parameter in policy.model.parameters()])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
 from megatron_aspo.distributed import distributed
+from megatron_aspo.packing import stream_part
 from megatron_aspo.policy import cpu
 
 pytestmark = pytest.mark.distributed
@@ -113,13 +114,13 @@ def test_the_norm_is_the_root_mean_square_and_says_that_its_weight_is_shared() -
 
 
 def rotate(boundaries: list[int], interleaved: bool) -> tuple[Tensor, Tensor]:
-    """A packed stream rotated by Megatron's own loop over segments, and by ours."""
+    """This rank's part of a packed stream rotated by Megatron's own loop over segments, and by ours."""
     import megatron.core.models.common.embeddings.rope_utils as rope
 
     megatrons = rope._apply_rotary_pos_emb_thd
     with distributed(run_config()):
-        group = torch.distributed.group.WORLD
-        (t, angles) = random_tensors((boundaries[-1], 3, 6), (12, 1, 1, 6))
+        group: Any = torch.distributed.group.WORLD
+        (t, angles) = random_tensors((boundaries[-1] // group.size(), 3, 6), (12, 1, 1, 6))
         arguments = (t, torch.tensor(boundaries, dtype=torch.int32), angles)
         options = {"rotary_interleaved": interleaved, "cp_group": group}
         assert rope._apply_rotary_pos_emb_thd is not megatrons
@@ -131,3 +132,58 @@ def test_packed_streams_are_rotated_as_megatron_does(interleaved: bool) -> None:
     ((expected, ours),) = run(1, rotate, [0, 1, 8, 20], interleaved)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(ours[:1].repeat(20, 1, 1), ours)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("boundaries", [[0, 12], [0, 12, 24, 36], [0, 12, 12, 24]])
+def test_parts_of_packed_streams_are_rotated_as_megatron_does(ranks: int, boundaries: list[int]) -> None:
+    parts = run(ranks, rotate, boundaries, False)
+    for expected, ours in parts:
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(parts[0][1], parts[1][1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_parts_of_streams_are_those_of_megatron(ranks: int) -> None:
+    import megatron.core.transformer.experimental_attention_variant.dsa_layout as layout
+
+    boundaries = torch.tensor([0, 24, 72, 72, 144], dtype=torch.int32)
+    for rank in range(ranks):
+        megatrons = layout.build_packed_allgather_cp_local_positions(boundaries, ranks, rank, boundaries.device)
+        ours = stream_part(boundaries, rank, ranks)
+        assert ours.dtype == megatrons.dtype
+        assert ours.tolist() == megatrons.tolist()
+
+
+def attend_to_a_part(boundaries: list[int]) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """(this rank's places, output there, [(gradients from ours, from the whole stream)])."""
+    with distributed(run_config()):
+        group: Any = torch.distributed.group.WORLD
+        lengths = [b - a for a, b in itertools.pairwise(boundaries)]
+        stream = SimpleNamespace(cu_seqlens_q=torch.tensor(boundaries, dtype=torch.int32), max_seqlen_q=max(lengths))
+        whole = random_tensors((boundaries[-1], 4, 6), (boundaries[-1], 2, 6), (boundaries[-1], 2, 6))
+        upstream = torch.linspace(-1, 1, boundaries[-1] * 24, dtype=torch.float64).view(-1, 24)
+        expected = torch.autograd.grad(
+            cpu.PackedAttention(CONFIG)(*whole, None, packed_seq_params=stream), whole, upstream
+        )
+
+        mine = stream_part(stream.cu_seqlens_q, group.rank(), group.size())
+        parts = [x.detach()[mine].requires_grad_() for x in whole]
+        config = SimpleNamespace(**{**vars(CONFIG), "context_parallel_size": group.size()})
+        attention = cpu.PackedAttention(config, pg_collection=SimpleNamespace(cp=group))
+        out = attention(*parts, None, packed_seq_params=stream)
+        ours = torch.autograd.grad(out, parts, upstream[mine])
+        return mine, out.detach(), [(a, b[mine]) for a, b in zip(ours, expected, strict=True)]
+
+
+@pytest.mark.parametrize("boundaries", [[0, 24], [0, 12, 36], [0, 12, 12, 48]])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_attention_of_parts_is_attention_of_the_stream(ranks: int, boundaries: list[int]) -> None:
+    q, k, v = random_tensors((boundaries[-1], 4, 6), (boundaries[-1], 2, 6), (boundaries[-1], 2, 6))
+    lengths = [b - a for a, b in itertools.pairwise(boundaries)]
+    segments = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    expected = torch.cat([naive_attention(*part) for part in segments]).flatten(1).detach()
+    for mine, out, gradients in run(ranks, attend_to_a_part, boundaries):
+        torch.testing.assert_close(out, expected[mine], rtol=1e-10, atol=1e-10)
+        for ours, of_the_whole in gradients:
+            torch.testing.assert_close(ours, of_the_whole, rtol=1e-10, atol=1e-10)

@@ -23,6 +23,7 @@ LAYOUTS = {
     "tp2": (2, ParallelConfig(tensor=2)),
     "tp2-sp": (2, ParallelConfig(tensor=2, sequence_parallel=True)),
     "pp2": (2, ParallelConfig(pipeline=2)),
+    "cp2": (2, ParallelConfig(context=2)),
 }
 
 

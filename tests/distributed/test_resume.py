@@ -29,6 +29,7 @@ LAYOUTS = {
     "dp2": (2, ParallelConfig()),
     "tp2": (2, ParallelConfig(tensor=2)),
     "pp2": (2, ParallelConfig(pipeline=2)),
+    "cp2": (2, ParallelConfig(context=2)),
     "tp2-pp2-sp": (4, ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True)),
 }
 
@@ -89,7 +90,7 @@ def load_and_go_on(weights: Path, root: Path, parallel: ParallelConfig, before: 
 def saved(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
     """Checkpoints after two updates, and what followed on each rank."""
     found: dict[str, tuple[Path, Any]] = {}
-    for layout in ("tp2", "dp2"):
+    for layout in ("tp2", "dp2", "cp2"):
         root = tmp_path_factory.mktemp(layout)
         ranks, parallel = LAYOUTS[layout]
         found[layout] = root, run(ranks, save_and_go_on, weights, root, parallel, 2)
@@ -98,7 +99,10 @@ def saved(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.mark.parametrize(
     ("saved_at", "loaded_at"),
-    [("tp2", "tp2"), ("tp2", "alone"), ("tp2", "pp2"), ("tp2", "dp2"), ("dp2", "dp2"), ("dp2", "tp2-pp2-sp")],
+    [
+        *[("tp2", "tp2"), ("tp2", "alone"), ("tp2", "pp2"), ("tp2", "dp2"), ("dp2", "dp2"), ("dp2", "tp2-pp2-sp")],
+        *[("cp2", "cp2"), ("cp2", "alone"), ("dp2", "cp2")],
+    ],
 )
 def test_updates_go_on_as_if_nothing_had_happened(
     saved_at: str, loaded_at: str, weights: Path, saved: dict[str, tuple[Path, Any]]

@@ -30,6 +30,9 @@ LAYOUTS = {
     "tp2-sp": (2, ParallelConfig(tensor=2, sequence_parallel=True)),
     "pp2": (2, ParallelConfig(pipeline=2)),
     "tp2-pp2-sp": (4, ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True)),
+    "cp2": (2, ParallelConfig(context=2)),
+    "tp2-cp2-sp": (4, ParallelConfig(tensor=2, context=2, sequence_parallel=True)),
+    "cp2-pp2": (4, ParallelConfig(context=2, pipeline=2)),
 }
 ROLLOUT = RolloutConfig(max_response_tokens=12, temperature=0.8)
 

@@ -73,6 +73,7 @@ def test_the_guard_works() -> None:
         ("name=a/b", "name='a/b'", "a folder's name"),
         ("name=..", "name='..'", "a folder's name"),
         ("parallel.tensor=0", "parallel: tensor=0", "> 0"),
+        ("parallel.context=0", "parallel: context=0", "> 0"),
         ("loss.clip_low=1", "loss: clip_low=1.0", "[0, 1)"),
         ("loss.clip_high=-0.1", "loss: clip_high=-0.1", ">= 0"),
         ("loss.dual_clip=1", "loss: dual_clip=1.0", "null to turn it off"),
@@ -121,6 +122,8 @@ def test_a_padded_sample_must_fit(capsys: pytest.CaptureFixture[str]) -> None:
     layout = ("parallel.tensor=2", "parallel.sequence_parallel=true")
     message = complaint(capsys, "train", "run.yaml", *lengths, *layout)
     assert "train.max_tokens_per_micro_batch=33 is less than 34" in message
+    message = complaint(capsys, "train", "run.yaml", *lengths, *layout, "parallel.context=3")
+    assert "train.max_tokens_per_micro_batch=33 is less than 36" in message
 
 
 @pytest.mark.parametrize(
@@ -174,9 +177,11 @@ def test_files(capsys: pytest.CaptureFixture[str], folder: Path, content: str | 
         ("train run.yaml --nproc=-2", "--nproc=-2 must be >= 1"),
         (
             "train run.yaml parallel.tensor=2 --nproc 3",
-            "3 rank(s) cannot hold parallel.tensor=2 x parallel.pipeline=1; start a multiple of 2 ranks",
+            "3 rank(s) cannot hold parallel.tensor=2 x parallel.pipeline=1 x parallel.context=1; "
+            "start a multiple of 2 ranks",
         ),
         ("eval run.yaml parallel.pipeline=2 --nproc 1", "start a multiple of 2 ranks"),
+        ("train run.yaml parallel.tensor=2 parallel.context=2 --nproc 2", "start a multiple of 4 ranks"),
         ("train run.yaml --resume", "--resume: expected one argument; see megatron-aspo train --help"),
         ("train run.yaml --steps 3", "unrecognized arguments: --steps"),
         ("train run.yaml --checkpoint x", "unrecognized arguments: --checkpoint"),

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_aspo.config import (
+    ParallelConfig,
     PolicyLossConfig,
     RunConfig,
     check_world_size,
@@ -175,17 +176,38 @@ def test_truncated_sampling_warning(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "ranks", "fits"),
-    [(1, 1, 1, True), (1, 1, 3, True), (2, 2, 4, True), (2, 2, 8, True), (2, 1, 1, False), (2, 2, 6, False)],
+    ("tensor", "pipeline", "context", "ranks", "fits"),
+    [
+        (1, 1, 1, 1, True),
+        (1, 1, 1, 3, True),
+        (2, 2, 1, 4, True),
+        (2, 2, 1, 8, True),
+        (2, 1, 1, 1, False),
+        (2, 2, 1, 6, False),
+        (1, 1, 3, 6, True),
+        (2, 1, 2, 4, True),
+        (2, 1, 2, 6, False),
+    ],
 )
-def test_world_size(path: Path, tensor: int, pipeline: int, ranks: int, fits: bool) -> None:
-    config = load_config(path, [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"])
-    assert config.parallel.model_parallel_size == tensor * pipeline
+def test_world_size(path: Path, tensor: int, pipeline: int, context: int, ranks: int, fits: bool) -> None:
+    layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.context={context}"]
+    config = load_config(path, layout)
+    size = tensor * pipeline * context
+    assert config.parallel.model_parallel_size == size
     if fits:
         check_world_size(config, ranks)
         return
-    with pytest.raises(UserError, match=rf"{ranks} rank.*tensor={tensor} .*multiple of {tensor * pipeline}"):
+    with pytest.raises(UserError, match=rf"{ranks} rank.*tensor={tensor} .*context={context}; .*multiple of {size}"):
         check_world_size(config, ranks)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sequence_parallel", "context", "multiple"),
+    [(2, False, 1, 1), (2, True, 1, 2), (1, False, 2, 4), (2, True, 2, 4), (4, True, 2, 8), (3, True, 2, 12)],
+)
+def test_what_a_stream_is_padded_to(tensor: int, sequence_parallel: bool, context: int, multiple: int) -> None:
+    parallel = ParallelConfig(tensor=tensor, context=context, sequence_parallel=sequence_parallel)
+    assert parallel.stream_multiple == multiple
 
 
 @pytest.mark.parametrize(

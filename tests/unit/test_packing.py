@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 
-from megatron_aspo.packing import pack
+from megatron_aspo.packing import pack, stream_part
 from megatron_aspo.types import MicroBatch, Prompt, Sample
 
 
@@ -171,3 +172,91 @@ def test_a_sample_that_fits_nowhere(max_tokens: int, multiple: int, one_per_row:
             multiple=multiple,
             one_per_row=one_per_row,
         )
+
+
+# --- Context parallelism ---
+
+
+def test_parts_of_a_stream_by_hand() -> None:
+    """Samples of 5 and 3 tokens on two ranks: segments of 8 and 4, chunks of 2 and 1."""
+    first, second = (
+        pack(
+            [sample(1, 2, 3), sample(2, 1, 2)],
+            dp_rank=0,
+            dp_size=1,
+            max_tokens=16,
+            multiple=16,
+            context_rank=rank,
+            context_size=2,
+        )[0]
+        for rank in range(2)
+    )
+    assert first.tokens.tolist() == [100, 101, 0, 0, 200, 0, 0, 0]
+    assert second.tokens.tolist() == [102, 103, 104, 0, 201, 202, 0, 0]
+    assert first.labels.tolist() == [101, 102, 0, 0, 201, 0, 0, 0]
+    assert second.labels.tolist() == [103, 104, 0, 0, 202, 0, 0, 0]
+    assert first.loss_mask.tolist() == [i in (1, 4) for i in range(8)]
+    assert second.loss_mask.tolist() == [i in (0, 1, 4) for i in range(8)]
+    assert first.position_ids.tolist() == [0, 1, 6, 7, 0, 3, 0, 3]
+    assert second.position_ids.tolist() == [2, 3, 4, 5, 1, 2, 1, 2]
+    assert first.advantages.tolist() == [0, 1.5, 0, 0, 2.5, 0, 0, 0]
+    assert second.rollout_logprobs is not None
+    assert second.rollout_logprobs.tolist() == [-103, -104, 0, 0, -202, 0, 0, 0]
+    for part in (first, second):
+        assert part.sequence_ids.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+        assert part.cu_seqlens.tolist() == [0, 8, 12, 16]
+        assert part.max_seqlen == 8
+
+
+@pytest.mark.parametrize("one_per_row", [False, True])
+@pytest.mark.parametrize(("context_size", "multiple"), [(2, 4), (2, 12), (3, 6), (4, 8)])
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_every_token_once_over_context_parallel_ranks(
+    count: int, context_size: int, multiple: int, one_per_row: bool
+) -> None:
+    samples = random_samples(count)
+    found: list[tuple[int, int]] = []
+    for dp_rank in range(2):
+        parts = [
+            pack(
+                samples,
+                dp_rank=dp_rank,
+                dp_size=2,
+                max_tokens=96,
+                multiple=multiple,
+                context_rank=rank,
+                context_size=context_size,
+                one_per_row=one_per_row,
+            )
+            for rank in range(context_size)
+        ]
+        for streams in zip(*parts, strict=True):
+            cu_seqlens = streams[0].cu_seqlens
+            assert all(torch.equal(s.cu_seqlens, cu_seqlens) for s in streams)
+            assert (cu_seqlens.diff() % (2 * context_size) == 0).all()
+            assert int(cu_seqlens[-1]) % multiple == 0
+            assert int(cu_seqlens[-1]) <= 96
+            assert {s.tokens.numel() for s in streams} == {int(cu_seqlens[-1]) // context_size}
+            whole = {name: torch.empty(int(cu_seqlens[-1]), dtype=torch.long) for name in ("tokens", "labels")}
+            mask = torch.empty(int(cu_seqlens[-1]), dtype=torch.bool)
+            for rank, stream in enumerate(streams):
+                where = stream_part(cu_seqlens, rank, context_size)
+                for name, values in whole.items():
+                    values[where] = getattr(stream, name)
+                mask[where] = stream.loss_mask
+            tokens, labels = whole.values()
+            found += [(0, t) for t in tokens.tolist() if t]
+            found += [(1, t) for t in labels[mask].tolist()]
+            assert (labels[mask] == tokens[1:][mask[:-1]]).all()  # the next token, on whichever rank it is
+    expected = [(0, t) for s in samples for t in s.prompt.token_ids + s.token_ids]
+    assert sorted(found) == sorted(expected + [(1, t) for s in samples for t in s.token_ids])
+
+
+def test_the_longest_sample_must_fit_with_its_padding() -> None:
+    def sizes(samples: list[Sample], max_tokens: int) -> list[int]:
+        return _loads([pack(samples, dp_rank=0, dp_size=1, max_tokens=max_tokens, multiple=4, context_size=2)])
+
+    with pytest.raises(ValueError, match="9 tokens exceeds max_tokens=11"):
+        sizes([sample(1, 5, 4)], 11)
+    assert sizes([sample(1, 5, 4)], 12) == [6]
+    assert sizes([sample(1, 5, 4)] * 2, 23) == [6, 6]
