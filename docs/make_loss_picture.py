@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -79,7 +79,7 @@ def weights(config: PolicyLossConfig, ratio: Tensor, advantage: float) -> Tensor
 
 def draw() -> Figure:
     """The figure; in each panel the curves are the lines labelled "A > 0" and "A < 0", NaN at their jumps."""
-    style = {
+    style: dict[Any, Any] = {
         "font.family": "DejaVu Sans",
         "font.size": 10,
         "text.color": INK,
@@ -167,13 +167,15 @@ def _annotate(axes: Axes, config: PolicyLossConfig) -> None:
     for turn, name in ((1 / config.dual_clip, "1/c"), (config.dual_clip, "c")):
         axes.plot([turn, turn], [-0.12, config.dual_clip], color=FRAME, lw=0.7, zorder=0.5)
         axes.text(turn * 1.04, 0.1, name, ha="left", va="bottom", color=GREY, fontstyle="italic")
-    positive, negative = {"color": POSITIVE_INK, "va": "center"}, {"color": NEGATIVE_INK, "va": "center"}
-    axes.text(0.132, 2.84, "held at c", ha="left", **positive)
-    axes.text(0.355, 1.2, "1/r: lagging\ntokens pushed\nharder", ha="left", **positive)
-    axes.text(1.28, 0.16, "dropped", ha="left", **positive)
-    axes.text(7.7, 2.84, "held at c", ha="right", **negative)
-    axes.text(2.25, 1.85, "r", ha="left", fontstyle="italic", **negative)
-    axes.text(0.74, 0.16, "dropped", ha="right", **negative)
+    for r, w, text, side, colour in (
+        (0.132, 2.84, "held at c", "left", POSITIVE_INK),
+        (0.355, 1.2, "1/r: lagging\ntokens pushed\nharder", "left", POSITIVE_INK),
+        (1.28, 0.16, "dropped", "left", POSITIVE_INK),
+        (7.7, 2.84, "held at c", "right", NEGATIVE_INK),
+        (2.25, 1.85, "r", "left", NEGATIVE_INK),
+        (0.74, 0.16, "dropped", "right", NEGATIVE_INK),
+    ):
+        axes.text(r, w, text, ha=side, va="center", color=colour)
 
 
 def _draw_legend(axes: Axes) -> None:
