@@ -38,6 +38,11 @@ class PolicyLossConfig:
         sapo_tau_pos, sapo_tau_neg: temperatures of SAPO's gate.
         kl_coef, kl_estimator: coefficient and estimator of KL(policy || reference); needs `ref_logprobs`.
         entropy_coef: coefficient of the entropy bonus; needs `entropy`.
+        rollout_correction: how the policy gradient is weighted by rho = pi_old / pi_rollout, the mismatch between
+            trainer and sampler: "truncate" (TIS) by min(rho, rollout_ratio_high), "mask" (MIS, IcePop) by rho
+            inside [rollout_ratio_low, rollout_ratio_high] and 0 outside.
+        rollout_sequence_low, rollout_sequence_high: responses whose geometric-mean rho lies outside are dropped.
+        rollout_veto: responses with a token whose rho is below it are dropped.
     """
 
     objective: Objective = "aspo"
@@ -53,9 +58,15 @@ class PolicyLossConfig:
     kl_coef: float = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     entropy_coef: float = 0.0
+    rollout_correction: Literal["none", "truncate", "mask"] = "none"
+    rollout_ratio_low: float = 0.5
+    rollout_ratio_high: float = 2.0
+    rollout_sequence_low: float | None = None
+    rollout_sequence_high: float | None = None
+    rollout_veto: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("objective", "aggregation", "kl_estimator"):
+        for name in ("objective", "aggregation", "kl_estimator", "rollout_correction"):
             allowed = typing.get_args(typing.get_type_hints(PolicyLossConfig)[name])
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -73,6 +84,36 @@ class PolicyLossConfig:
         _require(self.sapo_tau_pos > 0 and self.sapo_tau_neg > 0, "sapo_tau_pos and sapo_tau_neg must be > 0")
         _require(self.kl_coef >= 0, f"kl_coef={self.kl_coef} must be >= 0")
         _require(self.norm_length is None or self.norm_length > 0, "norm_length must be > 0")
+        _require(
+            0 <= self.rollout_ratio_low < self.rollout_ratio_high < math.inf,
+            f"rollout_ratio_low={self.rollout_ratio_low} and rollout_ratio_high={self.rollout_ratio_high} "
+            "must satisfy 0 <= low < high",
+        )
+        low, high = self.rollout_sequence_band
+        _require(
+            0 <= low < high,
+            f"rollout_sequence_low={self.rollout_sequence_low} and rollout_sequence_high="
+            f"{self.rollout_sequence_high} must satisfy 0 <= low < high",
+        )
+        _require(
+            self.rollout_veto is None or 0 < self.rollout_veto < 1,
+            f"rollout_veto={self.rollout_veto} must lie in (0, 1)",
+        )
+
+    @property
+    def rollout_sequence_band(self) -> tuple[float, float]:
+        """The band of a response's geometric-mean rho, open ends filled in."""
+        low, high = self.rollout_sequence_low, self.rollout_sequence_high
+        return 0.0 if low is None else low, math.inf if high is None else high
+
+    @property
+    def drops_responses(self) -> bool:
+        """Whether whole responses can be dropped for their mismatch with the sampler."""
+        return self.rollout_sequence_band != (0.0, math.inf) or self.rollout_veto is not None
+
+    @property
+    def uses_rollout_logprobs(self) -> bool:
+        return self.rollout_correction != "none" or self.drops_responses
 
 
 @dataclass(frozen=True)
@@ -212,6 +253,8 @@ class TrainConfig:
         mini_batch_prompts: prompt groups per optimizer update.
         max_tokens_per_micro_batch: upper limit of a packed stream's length, before context parallelism parts it.
         packing: False gives every sample a micro-batch row of its own.
+        fused_head: make loss and gradients from the hidden states, chunk by chunk, without logits. False takes the
+            model's logits.
         ratio_tolerance: the importance ratio must be 1 on the first mini-batch of a step; a warning tells
             when max |log r| exceeds this there.
     """
@@ -221,6 +264,7 @@ class TrainConfig:
     epochs: int = 3
     max_tokens_per_micro_batch: int = 4096
     packing: bool = True
+    fused_head: bool = True
     ratio_tolerance: float = 1e-5
 
     def __post_init__(self) -> None:

@@ -88,8 +88,13 @@ class LossOutput:
         loss_sum: scalar, differentiable.
         denominator: scalar; tokens or responses, as the aggregation says.
         metrics: name -> (sum, count), detached scalars; their quotient is the mean after summing over ranks.
+        maxima: name -> detached scalar, to be reduced by maximum.
+        logprobs, entropy: [..., T] per token, detached; nats.
     """
 
     loss_sum: Tensor
     denominator: Tensor
     metrics: dict[str, tuple[Tensor, Tensor]]
+    maxima: dict[str, Tensor]
+    logprobs: Tensor
+    entropy: Tensor | None

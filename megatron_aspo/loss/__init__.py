@@ -1,13 +1,31 @@
 """The loss library; needs torch alone.
 
-`policy_loss` and `vocab_parallel_logprobs` serve any pipeline; `megatron_loss_func` is the closure that
-Megatron-Core's schedules expect.
+`fused_linear_policy_loss` goes from hidden states to loss and gradients without logits. Where logits are at
+hand, `vocab_parallel_logprobs` and `policy_loss` do the same in two steps. `megatron_*` are the forms that
+Megatron-Core takes.
 """
 
 from megatron_aspo.config import PolicyLossConfig
+from megatron_aspo.loss.fused_linear import fused_linear_logprobs, fused_linear_policy_loss
 from megatron_aspo.loss.logprobs import vocab_parallel_logprobs
-from megatron_aspo.loss.megatron import megatron_loss_func
+from megatron_aspo.loss.megatron import (
+    megatron_logprobs_head,
+    megatron_loss_func,
+    megatron_loss_head,
+    megatron_loss_tuple,
+)
 from megatron_aspo.loss.reduction import policy_loss
 from megatron_aspo.types import LossOutput
 
-__all__ = ["LossOutput", "PolicyLossConfig", "megatron_loss_func", "policy_loss", "vocab_parallel_logprobs"]
+__all__ = [
+    "LossOutput",
+    "PolicyLossConfig",
+    "fused_linear_logprobs",
+    "fused_linear_policy_loss",
+    "megatron_logprobs_head",
+    "megatron_loss_func",
+    "megatron_loss_head",
+    "megatron_loss_tuple",
+    "policy_loss",
+    "vocab_parallel_logprobs",
+]

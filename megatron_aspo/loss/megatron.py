@@ -1,7 +1,8 @@
-"""The closure for Megatron-Core's schedules; imports no Megatron itself."""
+"""The loss in the forms that Megatron-Core takes; imports no Megatron itself."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_aspo.config import PolicyLossConfig
+from megatron_aspo.loss.fused_linear import fused_linear_logprobs, fused_linear_policy_loss
 from megatron_aspo.loss.logprobs import vocab_parallel_logprobs
 from megatron_aspo.loss.reduction import policy_loss
+from megatron_aspo.types import LossOutput
+
+LossTuple = tuple[Tensor, Tensor, dict[str, Any]]
+"""(loss_sum, denominator as int32, {"metrics": name -> (sum, count), "maxima": name -> scalar})."""
 
 
 def megatron_loss_func(
@@ -22,11 +28,13 @@ def megatron_loss_func(
     loss_mask: Tensor,
     config: PolicyLossConfig,
     tp_group: dist.ProcessGroup | None,
+    cp_group: dist.ProcessGroup | None = None,
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    vocab_size: int | None = None,
+) -> LossTuple:
     """The policy loss in the form that Megatron-Core's schedules take from a forward step.
 
     Use it as `return model(...), partial(megatron_loss_func, targets=..., ...)` with
@@ -36,29 +44,105 @@ def megatron_loss_func(
 
     Args:
         logits: [..., V/tp], the model's parallel output.
-        targets, advantages, loss_mask, old_logprobs, ...: [...], as in `policy_loss`. `old_logprobs=None`
-            takes the current policy's own (ratio 1: plain policy gradient; with advantages 1, supervised
-            learning).
-        tp_group: the tensor-parallel group.
-        temperature: that of sampling, so that the trainer's distribution is the sampler's.
-
-    Returns:
-        (loss_sum, denominator as int32, {"metrics": name -> (sum, count), "max_abs_log_ratio": scalar}).
+        targets, advantages, loss_mask, old_logprobs, ...: [...], as in `policy_loss`; a micro-batch may be empty.
+        tp_group, temperature, vocab_size: as in `vocab_parallel_logprobs`.
     """
-    logprobs, entropy = vocab_parallel_logprobs(logits, targets, tp_group, temperature=temperature)
-    if old_logprobs is None:
-        old_logprobs = logprobs.detach()
-    out = policy_loss(
-        logprobs,
-        old_logprobs,
-        advantages,
-        loss_mask,
-        config,
-        entropy=entropy,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        sequence_ids=sequence_ids,
+    logprobs, entropy = vocab_parallel_logprobs(
+        logits, targets, tp_group, temperature=temperature, vocab_size=vocab_size, loss_mask=loss_mask
     )
-    log_ratio = torch.where(loss_mask != 0, logprobs.detach() - old_logprobs, 0.0)
-    largest = log_ratio.abs().amax() if log_ratio.numel() else log_ratio.new_zeros(())
-    return out.loss_sum, out.denominator.int(), {"metrics": out.metrics, "max_abs_log_ratio": largest}
+    return megatron_loss_tuple(
+        policy_loss(
+            logprobs,
+            old_logprobs,
+            advantages,
+            loss_mask,
+            config,
+            entropy=entropy,
+            ref_logprobs=ref_logprobs,
+            rollout_logprobs=rollout_logprobs,
+            sequence_ids=sequence_ids,
+            cp_group=cp_group,
+            allow_empty=True,
+        )
+    )
+
+
+def megatron_loss_tuple(output: LossOutput) -> LossTuple:
+    """What Megatron-Core's schedules take as the result of a forward step's loss function.
+
+    Use it as the loss function beside a model that returns a `LossOutput`, that is with `megatron_loss_head`.
+    """
+    return output.loss_sum, output.denominator.int(), {"metrics": output.metrics, "maxima": output.maxima}
+
+
+def megatron_loss_head(
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, config: Any, context: Any, **_: Any
+) -> LossOutput:
+    """The fused head in the place of GPTModel's output layer: its `output_processor`.
+
+    In a forward step, with `calculate_per_token_loss=True`:
+
+        output = model(tokens, positions, None, output_processor=megatron_loss_head,
+                       output_processor_context={"targets": labels, "old_logprobs": old, ...})
+        return output, megatron_loss_tuple
+
+    No logits are made. The gradient of the output weight goes to its `main_grad` during the forward pass.
+
+    Args:
+        context: the keyword arguments of `fused_linear_policy_loss`, tensors in Megatron's order [batch, sequence];
+            what the model knows (hidden, weight, sequence_parallel, loss_scale) is filled in.
+        hidden_states, output_layer, output_weight, config: as GPTModel hands them over.
+    """
+    if not config.calculate_per_token_loss:
+        raise ValueError("megatron_loss_head needs calculate_per_token_loss=True in Megatron's TransformerConfig")
+    scale = config.grad_scale_func
+    output = fused_linear_policy_loss(
+        hidden_states,
+        _weight(output_layer, output_weight, config),
+        **_sequence_first(context),
+        sequence_parallel=output_layer.sequence_parallel,
+        loss_scale=1.0 if scale is None else scale(torch.ones((), device=hidden_states.device)),
+        allow_empty=True,
+    )
+    return replace(
+        output,
+        logprobs=output.logprobs.transpose(0, 1),
+        entropy=None if output.entropy is None else output.entropy.transpose(0, 1),
+    )
+
+
+def megatron_logprobs_head(
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, config: Any, context: Any, **_: Any
+) -> Tensor:
+    """Log-probs [batch, sequence] without gradient in the place of GPTModel's output layer, as `output_processor`:
+    for old and reference policies.
+
+    Args:
+        context: the keyword arguments of `fused_linear_logprobs`; see `megatron_loss_head`.
+    """
+    logprobs, _entropy = fused_linear_logprobs(
+        hidden_states,
+        _weight(output_layer, output_weight, config),
+        **_sequence_first(context),
+        sequence_parallel=output_layer.sequence_parallel,
+    )
+    return logprobs.transpose(0, 1)
+
+
+def _weight(output_layer: Any, output_weight: Tensor | None, config: Any) -> Tensor:
+    """The output layer's weight, which may be the embedding's."""
+    if getattr(config, "use_mup", False) or output_layer.bias is not None:
+        raise ValueError("the fused head knows neither muP's scaled logits nor a bias of the output layer")
+    return output_layer.weight if output_weight is None else output_weight
+
+
+def _sequence_first(context: Any) -> dict[str, Any]:
+    """Tensors from [batch, sequence] to the order of hidden states; by default each row is a response."""
+    arguments = dict(context)
+    if "config" in arguments and arguments.get("sequence_ids") is None:
+        targets = arguments["targets"]
+        arguments["sequence_ids"] = torch.arange(targets.shape[0], device=targets.device)[:, None].expand_as(targets)
+    return {
+        name: value.transpose(0, 1) if isinstance(value, Tensor) and value.dim() == 2 else value
+        for name, value in arguments.items()
+    }

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from megatron_aspo.config import OptimizerConfig, PolicyLossConfig, RunConfig
 from megatron_aspo.errors import UserError
-from megatron_aspo.loss import megatron_loss_func, vocab_parallel_logprobs
+from megatron_aspo.loss import (
+    megatron_logprobs_head,
+    megatron_loss_func,
+    megatron_loss_head,
+    megatron_loss_tuple,
+    vocab_parallel_logprobs,
+)
 from megatron_aspo.packing import pack
 from megatron_aspo.policy.model import build_model, initialize_parallel, model_inputs
 from megatron_aspo.types import MicroBatch, Sample
@@ -51,7 +57,7 @@ class UpdateMetrics:
                 values = torch.stack([value.double() for value in pair])
                 self.sums[name] = self.sums[name] + values if name in self.sums else values
         if not self.grad_norms and reported:
-            self.first_log_ratio = torch.stack([one["max_abs_log_ratio"] for one in reported]).amax().double()
+            self.first_log_ratio = torch.stack([one["maxima"]["log_ratio_max"] for one in reported]).amax().double()
         self.grad_norms.append(grad_norm)
 
     def reduce(self) -> dict[str, float]:
@@ -224,32 +230,51 @@ class Policy:
             forward_only=forward_only,
         )
 
-    def _loss_step(self, loss: PolicyLossConfig, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+    def _loss_step(self, loss: PolicyLossConfig, batches: Iterator[MicroBatch], model: Any) -> tuple[Any, Any]:
         batch = next(batches)
-        return model(**model_inputs(batch), **self._output_dtype), partial(
-            megatron_loss_func,
-            targets=batch.labels[None],
-            old_logprobs=_row(batch.old_logprobs),
-            advantages=batch.advantages[None],
-            loss_mask=batch.loss_mask[None],
-            config=loss,
-            tp_group=self.tp_group,
-            ref_logprobs=_row(batch.ref_logprobs),
-            rollout_logprobs=_row(batch.rollout_logprobs),
-            sequence_ids=batch.sequence_ids[None],
-            temperature=self.config.rollout.temperature,
-        )
+        arguments = {
+            **self._head_arguments(batch),
+            "old_logprobs": _row(batch.old_logprobs),
+            "advantages": _row(batch.advantages),
+            "config": loss,
+            "cp_group": self.cp_group,
+            "ref_logprobs": _row(batch.ref_logprobs),
+            "rollout_logprobs": _row(batch.rollout_logprobs),
+            "sequence_ids": _row(batch.sequence_ids),
+        }
+        if self.config.train.fused_head:
+            return self._run_with_head(model, batch, megatron_loss_head, arguments), megatron_loss_tuple
+        logits = model(**model_inputs(batch), **self._output_dtype)
+        return logits, partial(megatron_loss_func, **arguments)
 
     def _logprobs_step(self, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)
+        arguments = self._head_arguments(batch)
 
-        def logprobs_of(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            logprobs, _ = vocab_parallel_logprobs(
-                logits[0], batch.labels, self.tp_group, False, temperature=self.config.rollout.temperature
-            )
-            return logits.new_zeros(()), batch.loss_mask.sum().int(), {"logprobs": logprobs}
+        def found(logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            return logprobs.new_zeros(()), batch.loss_mask.sum().int(), {"logprobs": logprobs[0]}
 
-        return model(**model_inputs(batch), **self._output_dtype), logprobs_of
+        def from_logits(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            return found(vocab_parallel_logprobs(logits, with_entropy=False, **arguments)[0])
+
+        if self.config.train.fused_head:
+            return self._run_with_head(model, batch, megatron_logprobs_head, arguments), found
+        return model(**model_inputs(batch), **self._output_dtype), from_logits
+
+    def _head_arguments(self, batch: MicroBatch) -> dict[str, Any]:
+        """What log-probs are made from, in Megatron's order [batch, sequence]."""
+        return {
+            "targets": _row(batch.labels),
+            "loss_mask": _row(batch.loss_mask),
+            "tp_group": self.tp_group,
+            "temperature": self.config.rollout.temperature,
+        }
+
+    def _run_with_head(self, model: Any, batch: MicroBatch, head: Any, arguments: dict[str, Any]) -> Any:
+        """The model with `head` in the place of its output layer, on the last stage."""
+        return model(
+            **model_inputs(batch), **self._output_dtype, output_processor=head, output_processor_context=arguments
+        )
 
 
 def _pipeline_group() -> Any:

@@ -60,7 +60,7 @@ def compare_with_plain(size: int, dtype: torch.dtype, tolerance: float, temperat
         assert expected_logits.grad is not None
 
         logits = shard(whole, group).requires_grad_()
-        logprobs, entropy = vocab_parallel_logprobs(logits, targets, group, chunk_size=4, temperature=temperature)
+        logprobs, entropy = vocab_parallel_logprobs(logits, targets, group, temperature=temperature)
         assert entropy is not None
         (weights[0] * logprobs + weights[1] * entropy).sum().backward()
         close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}

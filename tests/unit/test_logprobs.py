@@ -9,8 +9,8 @@ from scalar_losses import scalar_terms
 from torch import Tensor
 
 from megatron_aspo.config import Objective, PolicyLossConfig
-from megatron_aspo.loss import megatron_loss_func, vocab_parallel_logprobs
-from megatron_aspo.loss.logprobs import _local_targets, _merge, _shard_statistics
+from megatron_aspo.loss import megatron_loss_func, softmax, vocab_parallel_logprobs
+
 
 V = 23
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6}
@@ -52,11 +52,15 @@ def whole(logits: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-@pytest.mark.parametrize("chunk_size", [1, 7, None])
+@pytest.mark.parametrize("tile", [1, 3, None])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_values_and_gradients(dtype: torch.dtype, chunk_size: int | None, temperature: float) -> None:
+def test_values_and_gradients(
+    dtype: torch.dtype, tile: int | None, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if tile is not None:  # rows that are worked on at once
+        monkeypatch.setattr(softmax, "_TILE_ELEMENTS", {"cpu": tile * V})
     logits, targets = random_logits(3, 5, dtype=dtype).requires_grad_(), random_targets(3, 5)
-    logprobs, entropy = whole(logits, targets, chunk_size=chunk_size, temperature=temperature)
+    logprobs, entropy = whole(logits, targets, temperature=temperature)
     assert logprobs.dtype == entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = reference(logits.detach(), targets, temperature)
     tolerance = TOLERANCE[dtype]
@@ -78,7 +82,7 @@ def test_gradcheck(which: tuple[bool, bool], temperature: float) -> None:
     targets = random_targets(2, 3)
 
     def chosen(logits: Tensor) -> tuple[Tensor, ...]:
-        both = whole(logits, targets, chunk_size=4, temperature=temperature)
+        both = whole(logits, targets, temperature=temperature)
         return tuple(part for part, wanted in zip(both, which, strict=True) if wanted)
 
     assert torch.autograd.gradcheck(chosen, (random_logits(2, 3, scale=1.0, dtype=torch.float64).requires_grad_(),))
@@ -162,7 +166,7 @@ def test_strides_do_not_matter(strided: Any) -> None:
     results = []
     for source in (logits, logits.contiguous()):
         leaf = source.detach().requires_grad_()
-        logprobs, entropy = whole(leaf, targets, chunk_size=5)
+        logprobs, entropy = whole(leaf, targets)
         (logprobs.sum() + entropy.sum()).backward()
         assert leaf.grad is not None
         results.append((logprobs.detach(), entropy.detach(), leaf.grad))
@@ -190,10 +194,11 @@ def test_no_positions() -> None:
 
 
 @pytest.mark.parametrize("target", [-100, V, 1 << 40])
-def test_a_target_outside_the_vocabulary_harms_no_other_position(target: int) -> None:
-    """So that masked positions may hold an ignore index."""
+def test_a_masked_target_may_lie_outside_the_vocabulary(target: int) -> None:
+    """Masked positions may hold an ignore index."""
     logits, targets = random_logits(4).requires_grad_(), random_targets(4)
-    logprobs, entropy = whole(logits, torch.cat([targets[:3], torch.tensor([target])]))
+    mask = torch.tensor([1, 1, 1, 0])
+    logprobs, entropy = whole(logits, torch.cat([targets[:3], torch.tensor([target])]), loss_mask=mask)
     right_logprobs, right_entropy = whole(logits, targets)
     assert torch.equal(logprobs[:3], right_logprobs[:3])
     assert torch.equal(entropy, right_entropy)
@@ -206,13 +211,20 @@ def test_a_target_outside_the_vocabulary_harms_no_other_position(target: int) ->
     ("changes", "message"),
     [
         ({"targets": torch.zeros(2, 4).long()}, "targets has shape"),
-        ({"targets": torch.zeros(2, 3)}, "targets must be integer"),
-        ({"targets": torch.zeros(2, 3).bool()}, "targets must be integer"),
+        ({"targets": torch.zeros(2, 3)}, "targets must be integers"),
+        ({"targets": torch.zeros(2, 3).bool()}, "targets must be integers"),
         ({"logits": torch.zeros(2, 3, V).long()}, "logits must be floating point"),
         ({"temperature": 0.0}, "temperature=0.0 must be > 0"),
         ({"temperature": -1.0}, "temperature=-1.0 must be > 0"),
         ({"temperature": math.nan}, "temperature=nan must be > 0"),
-        ({"chunk_size": 0}, "chunk_size=0 must be >= 1"),
+        ({"targets": torch.full((2, 3), V)}, rf"targets holds token id {V}, outside the vocabulary \[0, {V}\)"),
+        ({"targets": torch.full((2, 3), -100)}, "targets holds token id -100"),
+        ({"vocab_size": V + 1}, f"vocab_size={V + 1} does not fit logits"),
+        ({"vocab_size": V - 1, "targets": torch.full((2, 3), V - 1)}, f"outside the vocabulary .0, {V - 1}"),
+        ({"loss_mask": torch.ones(3, 2)}, "loss_mask has shape"),
+        ({"top_k": 0}, "top_k=0 must be >= 1"),
+        ({"top_p": 0.0}, "top_p=0.0 must lie in"),
+        ({"top_p": 1.5}, "top_p=1.5 must lie in"),
     ],
 )
 def test_refuses(changes: dict[str, Any], message: str) -> None:
@@ -241,11 +253,9 @@ def test_shards_merge_to_the_whole(case: str, dtype: torch.dtype) -> None:
 
     statistics = []
     for rank, shard in enumerate(logits.split(size, -1)):
-        local, owned = _local_targets(targets - rank * size, size, None)
-        stats = _shard_statistics(shard, local, 1.0)
-        stats[3].masked_fill_(~owned, 0.0)
-        statistics.append(stats)
-    log_normalizer, entropy, logprobs = _merge(torch.stack(statistics))
+        local = softmax.local_targets(targets - rank * size, size, size, None)
+        statistics.append(softmax.statistics(shard, local))
+    log_normalizer, entropy, logprobs = softmax.merge(torch.stack(statistics))
     tolerance = TOLERANCE[dtype]
     right_logprobs, right_entropy = reference(logits, targets)
     for found, right in ((logprobs, right_logprobs), (entropy, right_entropy)):
@@ -256,7 +266,7 @@ def test_shards_merge_to_the_whole(case: str, dtype: torch.dtype) -> None:
 
 
 def test_a_shard_of_minus_infinity_has_finite_statistics() -> None:
-    stats = _shard_statistics(torch.full((2, 4), -math.inf), torch.zeros(2, dtype=torch.long), 1.0)
+    stats = softmax.statistics(torch.full((2, 4), -math.inf), torch.zeros(2, dtype=torch.long))
     maximum, total, moment, _ = stats
     assert torch.isfinite(maximum).all()
     assert total.tolist() == moment.tolist() == [0, 0]
@@ -312,7 +322,7 @@ def test_closure_gradient(objective: str) -> None:
     assert loss_sum.item() == pytest.approx(value, rel=1e-10)
 
     log_ratio = (logprobs - inputs["old_logprobs"])[mask].abs()
-    assert reported["max_abs_log_ratio"].item() == pytest.approx(log_ratio.max().item())
+    assert reported["maxima"]["log_ratio_max"].item() == pytest.approx(log_ratio.max().item())
     total, count = reported["metrics"]["entropy"]
     assert (total / count).item() == pytest.approx(entropy[mask].mean().item())
 
@@ -333,7 +343,7 @@ def test_closure_without_old_logprobs_is_supervised_learning() -> None:
     assert loss_sum.item() == pytest.approx(nll.item(), rel=1e-12)
     assert [value.item() for value in reported["metrics"]["nll"]] == pytest.approx([nll.item(), 16])
     assert denominator.item() == mask.sum().item()
-    assert reported["max_abs_log_ratio"].item() == 0
+    assert reported["maxima"]["log_ratio_max"].item() == 0
 
 
 @pytest.mark.parametrize("objective", get_args(Objective))
@@ -371,4 +381,4 @@ def test_closure_on_an_empty_micro_batch_keeps_the_graph() -> None:
     loss_sum.backward()
     assert leaf.grad is not None
     assert leaf.grad.eq(0).all()
-    assert (loss_sum.item(), denominator.item(), reported["max_abs_log_ratio"].item()) == (0, 0, 0)
+    assert (loss_sum.item(), denominator.item(), reported["maxima"]["log_ratio_max"].item()) == (0, 0, 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_aspo.config import Aggregation, Objective, PolicyLossConfig
 from megatron_aspo.loss import LossOutput, policy_loss
-from megatron_aspo.loss.reduction import Responses
+from megatron_aspo.loss.responses import Responses
 
 OBJECTIVES = get_args(Objective)
 AGGREGATIONS = get_args(Aggregation)
@@ -271,7 +271,10 @@ def test_without_tokens(objective: str, shape: tuple[int, ...]) -> None:
     for aggregation in AGGREGATIONS:
         for sequence_ids in (None, torch.zeros(shape, dtype=torch.long)):
             config = config_of(objective, aggregation=aggregation, **EVERYTHING)
-            out, *gradients = differentiate(inputs | {"sequence_ids": sequence_ids}, config)
+            inputs["sequence_ids"] = sequence_ids
+            with pytest.raises(ValueError, match="loss_mask selects no token"):
+                policy_loss(**inputs, config=config)
+            out, *gradients = differentiate(inputs | {"allow_empty": True}, config)
             assert out.loss_sum.item() == out.denominator.item() == 0
             for gradient in gradients:  # there is one: the graph is connected
                 assert gradient is not None
@@ -375,14 +378,13 @@ def test_entropy_bonus(aggregation: str) -> None:
 def test_quantile_is_torchs(q: float, dtype: torch.dtype) -> None:
     inputs = random_batch(9, 21, seed=3, dtype=dtype)
     values, mask = inputs["entropy"], inputs["loss_mask"]
-    found = Responses.of(mask, None).quantile(values, mask, q)
     order = torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(2))
     ids = torch.arange(9)[:, None].expand_as(mask).flatten()[order]
-    stream = Responses.of(mask.flatten()[order], ids).quantile(values.flatten()[order], mask.flatten()[order], q)
+    responses, (shuffled,) = Responses.of(mask.flatten()[order], ids, None, [values.flatten()[order]])
+    found = responses.spread(responses.quantile(shuffled, q))
     for row in range(9):
         expected = torch.quantile(values[row][mask[row]], q).expand(21)
-        torch.testing.assert_close(found[row], expected, rtol=1e-6, atol=0)
-        torch.testing.assert_close(stream[ids == row], expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found[ids == row], expected, rtol=1e-6, atol=0, check_dtype=False)
 
 
 @pytest.mark.parametrize("objective", SEQUENCE_WISE)
@@ -421,7 +423,14 @@ def test_metrics_by_hand() -> None:
         "rollout_logprob_diff": (1.0, 7),
         # d = rollout - old = -+0.5
         "rollout_kl": (math.exp(0.5) - 1 - 0.5 + math.exp(-0.5) - 1 + 0.5, 7),
+        "rollout_ratio": (math.exp(0.5) + math.exp(-0.5) + 5, 7),
+        "rollout_cut": (0, 7),
+        "rollout_dropped": (0, 7),
         "value": (out.loss_sum.item(), 7),
+    }
+    assert {name: value.item() for name, value in out.maxima.items()} == {
+        "log_ratio_max": pytest.approx(math.log(4)),
+        "rollout_ratio_max": pytest.approx(math.exp(0.5)),
     }
     assert numbers(out.metrics) == {name: pytest.approx(pair) for name, pair in expected.items()}
     by_hand = -3 * 2 * inputs["logprobs"][0].item() - 2 / 0.5 - 2 / 1.2 + 0.8 + 1 + 3 * inputs["logprobs"][5].item()

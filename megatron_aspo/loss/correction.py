@@ -1,0 +1,71 @@
+"""The train/rollout correction: a detached factor rho = pi_old / pi_rollout on the policy gradient.
+
+The sampler's numerics are not the trainer's, so its samples come from a slightly different policy. The factor
+repairs that; it is separate from the objective's own importance ratio pi / pi_old, and never flipped.
+Sources: truncated importance sampling (TIS), F. Yao et al., "Your Efficient RL Framework Secretly Brings You
+Off-Policy RL Training" (2025); masking outside a band (IcePop), Ling team, "Every Step Evolves",
+arXiv 2510.18855; masks of whole responses, J. Liu et al., "When Speed Kills Stability" (2025).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_aspo.config import PolicyLossConfig
+from megatron_aspo.loss.objectives import LOG_RATIO_LIMIT
+from megatron_aspo.loss.responses import Responses
+
+
+@dataclass(frozen=True)
+class RolloutCorrection:
+    """Per token [N].
+
+    Attributes:
+        ratio: rho.
+        factor: what multiplies the policy gradient.
+        cut: where rho was truncated or masked.
+        dropped: tokens of responses that are dropped whole.
+    """
+
+    ratio: Tensor
+    factor: Tensor
+    cut: Tensor
+    dropped: Tensor
+
+
+def rollout_correction(
+    log_ratio: Tensor, config: PolicyLossConfig, responses: Responses | None, whole_log_ratio: Tensor | None
+) -> RolloutCorrection:
+    """The factor of every token.
+
+    Args:
+        log_ratio: [N] log pi_old - log pi_rollout, 0 where masked.
+        responses, whole_log_ratio: the same for the whole stream; needed where responses can be dropped.
+    """
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    low, high = config.rollout_ratio_low, config.rollout_ratio_high
+    cut = torch.zeros_like(ratio, dtype=torch.bool)
+    factor = torch.ones_like(ratio)
+    if config.rollout_correction == "truncate":
+        cut = ratio > high
+        factor = ratio.clamp(max=high)
+    elif config.rollout_correction == "mask":
+        cut = (ratio < low) | (ratio > high)
+        factor = ratio.masked_fill(cut, 0.0)
+
+    dropped = torch.zeros_like(cut)
+    if config.drops_responses:
+        assert responses is not None
+        assert whole_log_ratio is not None
+        lowest, highest = config.rollout_sequence_band
+        geometric_mean = responses.mean(whole_log_ratio).exp()
+        bad = (geometric_mean < lowest) | (geometric_mean > highest)
+        if config.rollout_veto is not None:
+            bad |= responses.minimum(whole_log_ratio) < math.log(config.rollout_veto)
+        dropped = responses.spread(bad)
+        factor = factor.masked_fill(dropped, 0.0)
+    return RolloutCorrection(ratio, factor, cut, dropped)

@@ -1,0 +1,187 @@
+"""A softmax whose vocabulary is split over ranks: the statistics of a shard, their merge, and the gradient.
+
+Rank k of a tensor-parallel group holds the logits of tokens [k V/tp, (k+1) V/tp). Per row four numbers describe
+a shard: m = max z, S = sum e^(z-m), Q = sum e^(z-m) (z-m), and the target's z (0 on ranks that do not own it).
+They merge as in flash-softmax, and the merged ones give the log-prob, the entropy, and all that the gradient
+needs. So one small collective is enough, whoever holds the logits and however they were made.
+
+`statistics` and `gradient` are the element-wise work. Here they are plain torch, the reference; on CUDA they
+are one Triton kernel each (`megatron_aspo.loss.kernels`).
+"""
+# torch.distributed is not annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+KERNELS_VARIABLE = "MEGATRON_ASPO_KERNELS"
+"""Environment variable: "auto" (Triton on CUDA), "torch", or "triton" (also on CPU, in Triton's interpreter)."""
+
+_NEVER = -1e4
+"""Stands for log 0: exp of it is 0 in float64 too, and 0 * _NEVER is 0 where 0 * -inf is NaN."""
+
+_LOWEST = -1e30
+"""Stands for the maximum of a shard without a finite logit: with -inf, z - m would be NaN."""
+
+_TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Logits worked on at once by the torch reference: what a core's cache holds, or enough to fill a GPU."""
+
+
+def statistics(logits: Tensor, targets: Tensor, temperature: float = 1.0, threshold: Tensor | None = None) -> Tensor:
+    """The four numbers (m, S, Q, target's z) of each row of a shard, where z = logits / temperature.
+
+    Args:
+        logits: [n, V/tp], any floating type; V/tp may be 0.
+        targets: [n] int64, column of the target in this shard, -1 where another rank owns it.
+        temperature: > 0.
+        threshold: [n] float32; logits (before the temperature) below it count as -inf.
+
+    Returns:
+        [4, n] float32 (float64 for float64).
+    """
+    if _use_triton(logits):
+        from megatron_aspo.loss import kernels
+
+        return kernels.statistics(logits, targets, temperature, threshold)
+    out = torch.empty(4, logits.shape[0], dtype=statistics_dtype(logits.dtype), device=logits.device)
+    if not logits.shape[1]:
+        out.zero_()[0] = _LOWEST
+        return out
+    for rows in tiles(logits):
+        z = tempered(logits[rows], temperature, None if threshold is None else threshold[rows])
+        m, s, q, target = out[:, rows].unbind()
+        own = targets[rows]
+        target.copy_(torch.where(own >= 0, z.gather(1, own.clamp(min=0)[:, None])[:, 0], 0.0))
+        torch.clamp(z.amax(-1), min=_LOWEST, out=m)
+        e = z.sub_(m[:, None]).exp()
+        torch.sum(e, -1, out=s)
+        torch.sum(z.clamp_(min=_NEVER).mul_(e), -1, out=q)
+    return out
+
+
+def gradient(
+    logits: Tensor,
+    targets: Tensor,
+    log_normalizer: Tensor,
+    grad_logprobs: Tensor,
+    out: Tensor,
+    temperature: float = 1.0,
+    threshold: Tensor | None = None,
+    entropy: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
+) -> Tensor:
+    """Gradient of the logits: d logprob/dz = onehot - p;  d entropy/dz = -p (log p + H).
+
+    Args:
+        logits, targets, temperature, threshold: as in `statistics`.
+        log_normalizer: [n], log sum e^z over the whole vocabulary.
+        grad_logprobs: [n], gradient of the loss in the targets' log-probs.
+        out: [n, V/tp], any floating type; may be `logits` itself.
+        entropy, grad_entropy: [n] or both None.
+
+    Returns:
+        `out`.
+    """
+    if _use_triton(logits):
+        from megatron_aspo.loss import kernels
+
+        return kernels.gradient(
+            logits, targets, log_normalizer, grad_logprobs, out, temperature, threshold, entropy, grad_entropy
+        )
+    if not logits.shape[1]:
+        return out
+    for rows in tiles(logits):
+        z = tempered(logits[rows], temperature, None if threshold is None else threshold[rows])
+        z.sub_(log_normalizer[rows, None])
+        d = (grad_logprobs[rows] / temperature).to(z.dtype)
+        if entropy is None or grad_entropy is None:
+            grad = z.exp_().mul_(-d[:, None])
+        else:
+            p = z.exp()
+            d_entropy = (grad_entropy[rows] / temperature).to(z.dtype)
+            grad = z.clamp_(min=_NEVER).add_(entropy[rows, None]).mul_(-d_entropy[:, None]).sub_(d[:, None]).mul_(p)
+        own = targets[rows]
+        grad.scatter_add_(1, own.clamp(min=0)[:, None], torch.where(own >= 0, d, 0.0)[:, None])
+        out[rows] = grad
+    return out
+
+
+def gather(stats: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """[4, n] of every rank -> [ranks, 4, n]: the one collective."""
+    ranks = group_size(tp_group)
+    if ranks == 1:
+        return stats[None]
+    gathered = stats.new_empty(ranks * 4, stats.shape[1])
+    dist.all_gather_single(gathered, stats.contiguous(), group=tp_group)
+    return gathered.view(ranks, 4, -1)
+
+
+def merge(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[ranks, 4, n] -> (log sum e^z, entropy in nats, the target's log-prob), each [n]."""
+    m, s, q, target = shards.unbind(1)
+    top = m.amax(0)
+    scale = (m - top).exp()
+    total = (s * scale).sum(0)
+    moment = ((q + s * (m - top)) * scale).sum(0)
+    log_total = total.log()
+    # Relative to the maximum: the logits' common offset must not eat the log-prob's digits.
+    return top + log_total, log_total - moment / total, target.sum(0) - top - log_total
+
+
+def local_targets(targets: Tensor, columns: int, vocab_shard: int, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """Global token ids -> columns of this rank's shard, -1 where another rank owns them.
+
+    Args:
+        columns: those of the rank's `vocab_shard` rows of the vocabulary that are real tokens.
+    """
+    local = targets - vocab_shard * group_rank(tp_group)
+    return local.masked_fill((local < 0) | (local >= columns), -1)
+
+
+def real_columns(vocab_size: int | None, vocab_shard: int, tp_group: dist.ProcessGroup | None) -> int:
+    """How many of this rank's `vocab_shard` columns are tokens; the others pad the vocabulary."""
+    if vocab_size is None:
+        return vocab_shard
+    return min(max(vocab_size - vocab_shard * group_rank(tp_group), 0), vocab_shard)
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tempered(logits: Tensor, temperature: float, threshold: Tensor | None) -> Tensor:
+    """A copy in the statistics' type, truncated and divided by the temperature; safe to overwrite."""
+    z = logits.to(statistics_dtype(logits.dtype), copy=True)
+    if threshold is not None:
+        z.masked_fill_(z < threshold[:, None], -torch.inf)
+    return z.div_(temperature) if temperature != 1 else z
+
+
+def tiles(logits: Tensor) -> Iterator[slice]:
+    step = max(1, _TILE_ELEMENTS.get(logits.device.type, 1 << 24) // logits.shape[1])
+    for start in range(0, logits.shape[0], step):
+        yield slice(start, min(start + step, logits.shape[0]))
+
+
+def _use_triton(logits: Tensor) -> bool:
+    choice = os.environ.get(KERNELS_VARIABLE, "auto")
+    if choice not in ("auto", "torch", "triton"):
+        raise ValueError(f"{KERNELS_VARIABLE}={choice!r} is not one of auto, torch, triton")
+    if choice == "auto":
+        return logits.is_cuda and logits.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return choice == "triton"

@@ -1,0 +1,369 @@
+"""The tokens of a loss, ready for it: what each one's gradient and value are, given its log-prob.
+
+`Tokens.prepare` masks, looks up what belongs to whole responses, and turns the aggregation into one scale per
+token. Then `gradients` is element-wise, so that it can be asked for any slice of the tokens at any time; both
+`policy_loss` and the fused head build on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_aspo.config import PolicyLossConfig
+from megatron_aspo.loss import validation
+from megatron_aspo.loss.correction import RolloutCorrection, rollout_correction
+from megatron_aspo.loss.objectives import (
+    GSPO_LOG_RATIO_LIMIT,
+    LOG_RATIO_LIMIT,
+    OBJECTIVES,
+    TokenInputs,
+    TokenTerms,
+)
+from megatron_aspo.loss.responses import Responses
+from megatron_aspo.types import LossOutput
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """What a caller gives per token, flat [N], detached, and 0 where masked."""
+
+    mask: Tensor
+    sequence_ids: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+
+    @staticmethod
+    def of(
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        config: PolicyLossConfig,
+        loss_mask: Tensor,
+        advantages: Tensor,
+        old_logprobs: Tensor | None,
+        ref_logprobs: Tensor | None,
+        rollout_logprobs: Tensor | None,
+        sequence_ids: Tensor | None,
+        cp_group: dist.ProcessGroup | None,
+        allow_empty: bool,
+    ) -> TokenData:
+        """Check everything that can be checked without the policy's log-probs, and flatten.
+
+        Args:
+            shape: that of all tensors, [..., T].
+            dtype: of the arithmetic.
+        """
+        floats = {
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "ref_logprobs": ref_logprobs,
+            "rollout_logprobs": rollout_logprobs,
+        }
+        validation.check_shapes(shape, "one per token", **floats, loss_mask=loss_mask, sequence_ids=sequence_ids)
+        validation.check_floating(**floats)
+        validation.check_integers(sequence_ids=sequence_ids)
+        validation.check_group("cp_group", cp_group)
+        needs = {
+            "ref_logprobs": (config.kl_coef != 0, "kl_coef"),
+            "rollout_logprobs": (config.uses_rollout_logprobs, "rollout_correction, rollout_sequence_*, rollout_veto"),
+            "old_logprobs": (config.uses_rollout_logprobs, "rollout_correction, rollout_sequence_*, rollout_veto"),
+        }
+        for name, (needed, fields_) in needs.items():
+            if needed and floats[name] is None:
+                raise ValueError(f"{name} is missing, but the configuration needs it ({fields_})")
+        if config.aggregation == "seq-mean-token-sum-norm" and config.norm_length is None:
+            raise ValueError(
+                "norm_length is missing: seq-mean-token-sum-norm divides by it; set the longest response's length"
+            )
+        mask = (loss_mask != 0).reshape(-1)
+        in_one_piece = cp_group is None or dist.get_world_size(cp_group) == 1
+        validation.check_some_token(mask, allow_empty or not in_one_piece)
+
+        def flat(values: Tensor | None) -> Tensor | None:
+            # The mask comes before any arithmetic: what stands in masked slots must not reach exp or sums.
+            return None if values is None else torch.where(mask, values.detach().reshape(-1).to(dtype), 0.0)
+
+        if sequence_ids is None:
+            rows = torch.arange(math.prod(shape[:-1]), device=mask.device)
+            sequence_ids = rows.repeat_interleave(shape[-1], output_size=mask.numel())
+        flat_advantages = flat(advantages)
+        assert flat_advantages is not None
+        return TokenData(
+            mask,
+            sequence_ids.reshape(-1),
+            flat_advantages,
+            flat(old_logprobs),
+            flat(ref_logprobs),
+            flat(rollout_logprobs),
+        )
+
+
+def needs_all_logprobs(config: PolicyLossConfig) -> bool:
+    """Whether a token's gradient depends on the policy's log-probs or entropy at other tokens."""
+    return config.objective in ("gspo", "response_mean_is") or config.entropy_quantile is not None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Flat [N] tensors, a token each.
+
+    Attributes:
+        old_logprobs: None stands for the policy's own, that is ratio 1.
+        clip_low, clip_high: the clip range; a number where all tokens have the same.
+        sequence_ratio: see `TokenInputs`; None where it is the ratio.
+        correction: on the policy gradient; None where it is 1.
+        scale: the weight of the token's loss in the loss sum; 0 where masked.
+    """
+
+    mask: Tensor
+    advantages: Tensor
+    scale: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    correction: Tensor | None
+    sequence_ratio: Tensor | None
+    clip_low: Tensor | float
+    clip_high: Tensor | float
+
+    def __getitem__(self, chunk: slice) -> Tokens:
+        def cut(value: Any) -> Any:
+            return value[chunk] if isinstance(value, Tensor) else value
+
+        return replace(self, **{f.name: cut(getattr(self, f.name)) for f in fields(self)})
+
+    def terms(self, logprobs: Tensor, config: PolicyLossConfig) -> tuple[TokenInputs, TokenTerms]:
+        """Weights and values; `logprobs` is 0 where masked."""
+        log_ratio = torch.zeros_like(logprobs) if self.old_logprobs is None else logprobs - self.old_logprobs
+        ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        inputs = TokenInputs(
+            logprobs,
+            ratio,
+            self.advantages,
+            torch.as_tensor(self.clip_low, dtype=ratio.dtype, device=ratio.device).expand_as(ratio),
+            torch.as_tensor(self.clip_high, dtype=ratio.dtype, device=ratio.device).expand_as(ratio),
+            ratio if self.sequence_ratio is None else self.sequence_ratio,
+        )
+        return inputs, OBJECTIVES[config.objective](inputs, config)
+
+    def gradients(self, logprobs: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Tensor | None]:
+        """Of the loss sum, in the log-probs and (None without an entropy bonus) in the entropy."""
+        logprobs = torch.where(self.mask, logprobs, 0.0)
+        _, terms = self.terms(logprobs, config)
+        grad = -terms.weight * self.advantages
+        if self.correction is not None:
+            grad = grad * self.correction
+        if config.kl_coef:
+            assert self.ref_logprobs is not None  # checked with the inputs
+            grad = grad + config.kl_coef * kl_gradient(logprobs, self.ref_logprobs, config.kl_estimator)
+        return grad * self.scale, -config.entropy_coef * self.scale if config.entropy_coef else None
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Per-token estimate of KL(policy || reference) from samples of the policy.
+
+    k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d with d = log pi - log ref (J. Schulman, "Approximating KL
+    Divergence").
+    """
+    d = logprobs - ref_logprobs
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return 0.5 * d.square()
+    return torch.exp((-d).clamp(max=LOG_RATIO_LIMIT)) - 1 + d
+
+
+def kl_gradient(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Derivative of `kl_estimate` in `logprobs`: 1, d, 1 - exp(-d) (the last one 1 where the exponent is clamped)."""
+    d = logprobs - ref_logprobs
+    if estimator == "k1":
+        return torch.ones_like(d)
+    if estimator == "k2":
+        return d
+    return torch.where(d < -LOG_RATIO_LIMIT, 1.0, 1 - torch.exp(-d.clamp(min=-LOG_RATIO_LIMIT)))
+
+
+@dataclass(frozen=True)
+class PreparedLoss:
+    """A loss that waits for the policy's log-probs.
+
+    Attributes:
+        denominator: what the loss sum of this rank is to be divided by, after both were summed over ranks.
+    """
+
+    config: PolicyLossConfig
+    data: TokenData
+    tokens: Tokens
+    denominator: Tensor
+    correction: RolloutCorrection | None
+
+    @staticmethod
+    def of(
+        data: TokenData,
+        config: PolicyLossConfig,
+        cp_group: dist.ProcessGroup | None,
+        logprobs: Tensor | None = None,
+        entropy: Tensor | None = None,
+    ) -> PreparedLoss:
+        """At most one small collective, over `cp_group`, and only where something belongs to whole responses.
+
+        Args:
+            logprobs, entropy: [N], needed if `needs_all_logprobs`.
+        """
+        mask, dtype = data.mask, data.advantages.dtype
+        log_ratio = rollout_log_ratio = entropy_ = None
+        if needs_all_logprobs(config):
+            assert logprobs is not None
+            old = logprobs if data.old_logprobs is None else data.old_logprobs
+            log_ratio = torch.where(mask, logprobs - old, 0.0)
+            if config.entropy_quantile is not None:
+                assert entropy is not None
+                entropy_ = torch.where(mask, entropy, 0.0)
+        if data.rollout_logprobs is not None and data.old_logprobs is not None:
+            rollout_log_ratio = data.old_logprobs - data.rollout_logprobs
+
+        # What is needed of whole responses, by name.
+        parts: dict[str, Tensor] = {}
+        if config.objective in ("gspo", "response_mean_is"):
+            assert log_ratio is not None
+            parts["log_ratio"] = log_ratio
+        if entropy_ is not None:
+            parts["entropy"] = entropy_
+        if config.drops_responses:
+            assert rollout_log_ratio is not None
+            parts["rollout_log_ratio"] = rollout_log_ratio
+        responses = None
+        whole: dict[str, Tensor] = {}
+        if parts or config.aggregation != "token-mean":
+            responses, values = Responses.of(mask, data.sequence_ids, cp_group, list(parts.values()))
+            whole = dict(zip(parts, values, strict=True))
+
+        correction = None
+        if rollout_log_ratio is not None:
+            correction = rollout_correction(rollout_log_ratio, config, responses, whole.get("rollout_log_ratio"))
+
+        clip_low: Tensor | float = config.clip_low
+        clip_high: Tensor | float = config.clip_high
+        if config.entropy_quantile is not None:
+            assert responses is not None
+            assert entropy_ is not None
+            limit = responses.spread(responses.quantile(whole["entropy"], config.entropy_quantile)).to(dtype)
+            high = entropy_ > limit
+            clip_low = torch.full_like(limit, clip_low).masked_fill(high, config.high_entropy_clip)
+            clip_high = torch.full_like(limit, clip_high).masked_fill(high, config.high_entropy_clip)
+
+        scale, denominator = _scale(mask, responses, config, dtype)
+        return PreparedLoss(
+            config,
+            data,
+            Tokens(
+                mask,
+                data.advantages,
+                scale,
+                data.old_logprobs,
+                data.ref_logprobs,
+                correction.factor if correction is not None and config.uses_rollout_logprobs else None,
+                _sequence_ratio(config, responses, whole, dtype),
+                clip_low,
+                clip_high,
+            ),
+            denominator,
+            correction,
+        )
+
+    def output(self, logprobs: Tensor, entropy: Tensor | None, shape: Sequence[int]) -> LossOutput:
+        """Value and metrics, detached, from the log-probs [N] of all tokens."""
+        config, tokens, mask = self.config, self.tokens, self.data.mask
+        masked = torch.where(mask, logprobs, 0.0)
+        inputs, terms = tokens.terms(masked, config)
+        token_loss = terms.value if tokens.correction is None else terms.value * tokens.correction
+        old = masked if tokens.old_logprobs is None else tokens.old_logprobs
+
+        metrics = _policy_metrics(terms, inputs, old, mask)
+        maxima = {"log_ratio_max": _max_over((masked - old).abs(), mask)}
+        if entropy is not None:
+            metrics["entropy"] = _mean_over(entropy, mask)
+            if config.entropy_coef:
+                token_loss = token_loss - config.entropy_coef * torch.where(mask, entropy, 0.0)
+        if tokens.ref_logprobs is not None:
+            kl = kl_estimate(masked, tokens.ref_logprobs, config.kl_estimator)
+            token_loss = token_loss + config.kl_coef * kl
+            metrics["kl"] = _mean_over(kl, mask)
+        if self.data.rollout_logprobs is not None:
+            metrics["rollout_logprob_diff"] = _mean_over((old - self.data.rollout_logprobs).abs(), mask)
+            metrics["rollout_kl"] = _mean_over(kl_estimate(self.data.rollout_logprobs, old, "k3"), mask)
+        if self.correction is not None:
+            metrics["rollout_ratio"] = _mean_over(self.correction.ratio, mask)
+            metrics["rollout_cut"] = _mean_over(self.correction.cut, mask)
+            metrics["rollout_dropped"] = _mean_over(self.correction.dropped, mask)
+            maxima["rollout_ratio_max"] = _max_over(self.correction.ratio, mask)
+        loss_sum = (torch.where(mask, token_loss, 0.0) * tokens.scale).sum()
+        metrics["value"] = (loss_sum, self.denominator)
+        return LossOutput(
+            loss_sum,
+            self.denominator,
+            metrics,
+            maxima,
+            logprobs.view(*shape),
+            None if entropy is None else entropy.view(*shape),
+        )
+
+
+def _sequence_ratio(
+    config: PolicyLossConfig, responses: Responses | None, whole: dict[str, Tensor], dtype: torch.dtype
+) -> Tensor | None:
+    if config.objective not in ("gspo", "response_mean_is"):
+        return None
+    assert responses is not None
+    log_ratio = whole["log_ratio"]
+    if config.objective == "gspo":
+        return responses.spread(responses.mean(log_ratio).clamp(max=GSPO_LOG_RATIO_LIMIT).exp()).to(dtype)
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return responses.spread(responses.mean(torch.where(responses.mask, ratio, 0.0))).to(dtype)
+
+
+def _scale(
+    mask: Tensor, responses: Responses | None, config: PolicyLossConfig, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The weight of each token in the loss sum, and the denominator; both additive over micro-batches and ranks."""
+    if config.aggregation == "token-mean":
+        return mask.to(dtype), mask.sum()
+    assert responses is not None
+    scale = mask.double()
+    if config.aggregation == "seq-mean-token-mean":
+        scale = scale / responses.spread(responses.lengths).clamp(min=1)
+    elif config.aggregation == "seq-mean-token-sum-norm":
+        assert config.norm_length is not None  # checked with the inputs
+        scale = scale / config.norm_length
+    return scale.to(dtype), responses.count()
+
+
+def _policy_metrics(
+    terms: TokenTerms, x: TokenInputs, old_logprobs: Tensor, mask: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the update did, for A > 0 and A < 0 apart; tokens with A = 0 count in neither."""
+    metrics: dict[str, tuple[Tensor, Tensor]] = {}
+    for sign, chosen in (("pos", mask & (x.advantages > 0)), ("neg", mask & (x.advantages < 0))):
+        metrics[f"ratio_{sign}"] = _mean_over(x.ratio, chosen)
+        metrics[f"weight_{sign}"] = _mean_over(terms.weight, chosen)
+        metrics[f"clip_fraction_{sign}"] = _mean_over(terms.hard_clipped, chosen)
+        metrics[f"soft_clip_fraction_{sign}"] = _mean_over(terms.soft_clipped, chosen)
+    # Samples come from the old policy, so k3 estimates KL(old || current).
+    metrics["approx_kl"] = _mean_over(kl_estimate(old_logprobs, x.logprobs, "k3"), mask)
+    metrics["nll"] = _mean_over(-x.logprobs, mask)
+    return metrics
+
+
+def _mean_over(values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.where(chosen, values, 0.0).sum(dtype=torch.float64), chosen.sum()
+
+
+def _max_over(values: Tensor, chosen: Tensor) -> Tensor:
+    return torch.where(chosen, values, 0.0).amax() if values.numel() else values.new_zeros(())

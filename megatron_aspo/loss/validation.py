@@ -1,0 +1,71 @@
+"""Checks of what callers hand in. All are local: they raise before any collective is started."""
+# torch.distributed is not annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value} must be > 0")
+
+
+def check_group(name: str, group: dist.ProcessGroup | None) -> None:
+    if group is not None and dist.get_rank(group) < 0:
+        raise ValueError(f"{name}: this rank is not a member of the group; pass the group that this rank belongs to")
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
+
+
+def check_integers(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+            raise ValueError(f"{name} must be integers, not {tensor.dtype}")
+
+
+def check_shapes(expected: Sequence[int], reason: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and list(tensor.shape) != list(expected):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(expected)} ({reason})")
+
+
+def check_token_ids(targets: Tensor, vocab_size: int, mask: Tensor | None = None) -> None:
+    """Every (unmasked) target is a token. Synchronises once where the targets are on a GPU."""
+    outside = (targets < 0) | (targets >= vocab_size)
+    if mask is not None:
+        outside &= mask
+    if outside.any():
+        bad = int(targets[outside][0])
+        raise ValueError(
+            f"targets holds token id {bad}, outside the vocabulary [0, {vocab_size}); "
+            "mask such positions, or check vocab_size and tp_group"
+        )
+
+
+def check_vocab_size(vocab_size: int | None, vocab_shard: int, ranks: int, name: str) -> int:
+    """The number of tokens that can be targets."""
+    if vocab_size is None:
+        return vocab_shard * ranks
+    if not 0 < vocab_size <= vocab_shard * ranks:
+        raise ValueError(
+            f"vocab_size={vocab_size} does not fit {name}: {vocab_shard} entries on each of {ranks} ranks of tp_group"
+        )
+    return vocab_size
+
+
+def check_some_token(mask: Tensor, allow_empty: bool) -> None:
+    if not allow_empty and not mask.any():
+        raise ValueError(
+            "loss_mask selects no token; where a micro-batch may have none (under a schedule), pass allow_empty=True"
+        )
