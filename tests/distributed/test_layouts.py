@@ -60,9 +60,6 @@ LAYOUTS = {
     "cp2-pp2": (4, ParallelConfig(context=2, pipeline=2)),
 }
 
-TOKEN_WISE = {"aspo", "grpo", "no_is", "cispo", "sapo"}
-"""What can be computed from a part of a response. TODO: all losses, once policy_loss takes cp_group."""
-
 
 def take_updates(
     folder: Path, model: ModelConfig, parallel: ParallelConfig, arrangements: Any, count: int | None = None
@@ -129,13 +126,7 @@ def test_the_batch_reaches_every_region_of_the_clips(reference: dict[Any, Any]) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_update_is_the_same_at(layout: str, weights: Path, reference: dict[Any, Any]) -> None:
     ranks, parallel = LAYOUTS[layout]
-    arrangements = ARRANGEMENTS
-    if parallel.context > 1:
-        arrangements = {
-            name: (train, [loss for loss in losses if loss in TOKEN_WISE] or ["aspo"])
-            for name, (train, losses) in ARRANGEMENTS.items()
-        }
-    updates = run(ranks, take_updates, weights, run_config().model, parallel, arrangements)
+    updates = run(ranks, take_updates, weights, run_config().model, parallel, ARRANGEMENTS)
     check_updates(updates, reference)
 
 
@@ -150,8 +141,7 @@ def test_an_update_of_tied_embeddings_is_the_same_at_two_stages(tmp_path: Path) 
 def test_a_rank_without_samples_changes_nothing(layout: str, weights: Path) -> None:
     ranks, parallel = LAYOUTS[layout]
     (reference,) = run(1, take_updates, weights, run_config().model, ParallelConfig(), REFERENCE, 1)
-    losses = ["aspo" if parallel.context > 1 else "aspo, entropy split", "cispo"]
-    arrangements = {name: (train, losses) for name, (train, _) in ARRANGEMENTS.items()}
+    arrangements = {name: (train, ["aspo, entropy split", "cispo"]) for name, (train, _) in ARRANGEMENTS.items()}
     updates = run(ranks, take_updates, weights, run_config().model, parallel, arrangements, 1)
-    assert "rollout_logprob_diff" in updates[0]["one stream", losses[0]][0]
+    assert "rollout_logprob_diff" in updates[0]["one stream", "aspo, entropy split"][0]
     check_updates(updates, reference)
