@@ -14,7 +14,7 @@ from megatron_aspo.loss.megatron import (
     megatron_loss_head,
     megatron_loss_tuple,
 )
-from megatron_aspo.loss.reduction import policy_loss
+from megatron_aspo.loss.reduction import policy_loss, response_terms_of
 from megatron_aspo.types import LossOutput
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "megatron_loss_head",
     "megatron_loss_tuple",
     "policy_loss",
+    "response_terms_of",
     "vocab_parallel_logprobs",
 ]

@@ -37,14 +37,12 @@ class RolloutCorrection:
     dropped: Tensor
 
 
-def rollout_correction(
-    log_ratio: Tensor, config: PolicyLossConfig, responses: Responses | None, whole_log_ratio: Tensor | None
-) -> RolloutCorrection:
+def rollout_correction(log_ratio: Tensor, dropped: Tensor | None, config: PolicyLossConfig) -> RolloutCorrection:
     """The factor of every token.
 
     Args:
         log_ratio: [N] log pi_old - log pi_rollout, 0 where masked.
-        responses, whole_log_ratio: the same for the whole stream; needed where responses can be dropped.
+        dropped: [N] bool, or None where no response can be.
     """
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     low, high = config.rollout_ratio_low, config.rollout_ratio_high
@@ -56,16 +54,16 @@ def rollout_correction(
     elif config.rollout_correction == "mask":
         cut = (ratio < low) | (ratio > high)
         factor = ratio.masked_fill(cut, 0.0)
+    if dropped is None:
+        return RolloutCorrection(ratio, factor, cut, torch.zeros_like(cut))
+    return RolloutCorrection(ratio, factor.masked_fill(dropped, 0.0), cut, dropped)
 
-    dropped = torch.zeros_like(cut)
-    if config.drops_responses:
-        assert responses is not None
-        assert whole_log_ratio is not None
-        lowest, highest = config.rollout_sequence_band
-        geometric_mean = responses.mean(whole_log_ratio).exp()
-        bad = (geometric_mean < lowest) | (geometric_mean > highest)
-        if config.rollout_veto is not None:
-            bad |= responses.minimum(whole_log_ratio) < math.log(config.rollout_veto)
-        dropped = responses.spread(bad)
-        factor = factor.masked_fill(dropped, 0.0)
-    return RolloutCorrection(ratio, factor, cut, dropped)
+
+def dropped_responses(responses: Responses, log_ratio: Tensor, config: PolicyLossConfig) -> Tensor:
+    """[M] log rho of the whole stream, 0 where masked -> [count] bool."""
+    low, high = config.rollout_sequence_band
+    geometric_mean = responses.mean(log_ratio).exp()
+    dropped = (geometric_mean < low) | (geometric_mean > high)
+    if config.rollout_veto is not None:
+        dropped |= responses.minimum(log_ratio) < math.log(config.rollout_veto)
+    return dropped

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_aspo.config import PolicyLossConfig
 from megatron_aspo.loss import softmax, validation
-from megatron_aspo.loss.tokens import PreparedLoss, TokenData, needs_all_logprobs
+from megatron_aspo.loss.tokens import PreparedLoss, ResponseTerms, TokenData, needs_all_logprobs
 from megatron_aspo.types import LossOutput
 
 CHUNK_SIZE = 1024
@@ -49,6 +49,7 @@ def fused_linear_policy_loss(
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     sequence_ids: Tensor | None = None,
+    response_terms: ResponseTerms | None = None,
     loss_scale: float | Tensor = 1.0,
     allow_empty: bool = False,
 ) -> LossOutput:
@@ -59,8 +60,8 @@ def fused_linear_policy_loss(
     tokens there are. The gradients are made now if gradients are enabled; what they cost besides is a float32 gradient
     of the weight, unless the weight has a float32 `main_grad` (Megatron's gradient buffer): it is then added
     there, **during this call**, multiplied by `loss_scale`, and backward must be called with exactly that gradient.
-    gspo, response_mean_is and `entropy_quantile` need log-probs of whole responses: they take a first sweep for
-    them, and so a fourth GEMM.
+    gspo, response_mean_is and `entropy_quantile` need log-probs of whole responses: without `response_terms` they
+    take a first sweep for them, and so a fourth GEMM.
 
     Collectives: one per chunk over `tp_group` (all-gather of 4 numbers per token; one for all chunks where there is a
     first sweep); under sequence parallelism one all-gather of `hidden`; one over `cp_group` where something belongs to
@@ -71,8 +72,8 @@ def fused_linear_policy_loss(
         weight: [V/tp, H], of hidden's type; rank k holds the rows of tokens [k V/tp, (k+1) V/tp).
         targets: [...] global token ids, of hidden's shape without H (with `sequence_parallel` the first dimension
             times tp). Masked slots may hold anything.
-        old_logprobs, advantages, loss_mask, ref_logprobs, rollout_logprobs, sequence_ids, cp_group, allow_empty: as
-            in `policy_loss`, of the shape of `targets`.
+        old_logprobs, advantages, loss_mask, ref_logprobs, rollout_logprobs, sequence_ids, cp_group, response_terms,
+            allow_empty: as in `policy_loss`, of the shape of `targets`.
         tp_group: the tensor-parallel group, or None when the vocabulary is whole.
         sequence_parallel: `hidden` is split over `tp_group` along its first dimension.
         chunk_size: tokens worked on at once, at most.
@@ -92,14 +93,14 @@ def fused_linear_policy_loss(
         targets.shape,
         head.dtype,
         config,
-        loss_mask,
-        advantages,
-        old_logprobs,
-        ref_logprobs,
-        rollout_logprobs,
-        sequence_ids,
         cp_group,
         allow_empty,
+        loss_mask=loss_mask,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        sequence_ids=sequence_ids,
     )
     validation.check_token_ids(targets.reshape(-1), head.vocabulary, data.mask)
 
@@ -111,12 +112,12 @@ def fused_linear_policy_loss(
         logprobs, entropy, log_normalizer = (
             torch.empty(local.shape, dtype=head.dtype, device=hidden.device) for _ in range(3)
         )
-        one_sweep = not needs_all_logprobs(config)
-        if one_sweep:
-            loss = PreparedLoss.of(data, config, cp_group)
-        else:
+        one_sweep = response_terms is not None or not needs_all_logprobs(config)
+        if not one_sweep:
             head.first_sweep(states, local, log_normalizer, entropy, logprobs)
-            loss = PreparedLoss.of(data, config, cp_group, logprobs, entropy)
+        if response_terms is None:
+            response_terms = ResponseTerms.of(data, config, cp_group, logprobs, entropy)
+        loss = PreparedLoss.of(data, config, response_terms)
         if one_sweep or grads:
             for chunk, logits in head.sweep(states):
                 if one_sweep:
@@ -124,7 +125,7 @@ def fused_linear_policy_loss(
                     merged = softmax.merge(softmax.gather(stats, tp_group))
                     log_normalizer[chunk], entropy[chunk], logprobs[chunk] = merged
                 if grads:
-                    by_logprob, by_entropy = loss.tokens[chunk].gradients(logprobs[chunk], config)
+                    by_logprob, by_entropy = loss.tokens[chunk].gradients(logprobs[chunk], entropy[chunk], config)
                     softmax_grad = softmax.gradient(
                         logits,
                         local[chunk],
@@ -324,10 +325,10 @@ class _Gradients:
         if self.states is not None:
             torch.mm(grad_logits, head.weight, out=self.states[chunk])
         if self.weight is not None:
-            _add_product(self.weight[: head.weight.shape[0]], grad_logits.t(), states[chunk])
+            add_product(self.weight[: head.weight.shape[0]], grad_logits.t(), states[chunk])
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where `total` may be float32 and the factors 16-bit."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)

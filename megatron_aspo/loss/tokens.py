@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_aspo.config import PolicyLossConfig
 from megatron_aspo.loss import validation
-from megatron_aspo.loss.correction import RolloutCorrection, rollout_correction
+from megatron_aspo.loss.correction import RolloutCorrection, dropped_responses, rollout_correction
 from megatron_aspo.loss.objectives import (
     GSPO_LOG_RATIO_LIMIT,
     LOG_RATIO_LIMIT,
@@ -46,14 +46,15 @@ class TokenData:
         shape: Sequence[int],
         dtype: torch.dtype,
         config: PolicyLossConfig,
-        loss_mask: Tensor,
-        advantages: Tensor,
-        old_logprobs: Tensor | None,
-        ref_logprobs: Tensor | None,
-        rollout_logprobs: Tensor | None,
-        sequence_ids: Tensor | None,
         cp_group: dist.ProcessGroup | None,
         allow_empty: bool,
+        *,
+        loss_mask: Tensor,
+        advantages: Tensor,
+        old_logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        rollout_logprobs: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
     ) -> TokenData:
         """Check everything that can be checked without the policy's log-probs, and flatten.
 
@@ -105,6 +106,22 @@ class TokenData:
             flat(rollout_logprobs),
         )
 
+    @staticmethod
+    def concatenate(parts: Sequence[TokenData]) -> TokenData:
+        """What only some parts have is left out."""
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(TokenData)}
+        whole = {
+            name: None if any(v is None for v in column) else torch.cat(column) for name, column in columns.items()
+        }
+        return TokenData(**whole)  # type: ignore[arg-type]  (mask, ids and advantages are never None)
+
+    @property
+    def rollout_log_ratio(self) -> Tensor | None:
+        """log pi_old - log pi_rollout, 0 where masked."""
+        if self.rollout_logprobs is None or self.old_logprobs is None:
+            return None
+        return self.old_logprobs - self.rollout_logprobs
+
 
 def needs_all_logprobs(config: PolicyLossConfig) -> bool:
     """Whether a token's gradient depends on the policy's log-probs or entropy at other tokens."""
@@ -117,8 +134,8 @@ class Tokens:
 
     Attributes:
         old_logprobs: None stands for the policy's own, that is ratio 1.
-        clip_low, clip_high: the clip range; a number where all tokens have the same.
         sequence_ratio: see `TokenInputs`; None where it is the ratio.
+        entropy_limit: tokens with a larger entropy have the wider clip range; None where all have the same.
         correction: on the policy gradient; None where it is 1.
         scale: the weight of the token's loss in the loss sum; 0 where masked.
     """
@@ -130,33 +147,42 @@ class Tokens:
     ref_logprobs: Tensor | None
     correction: Tensor | None
     sequence_ratio: Tensor | None
-    clip_low: Tensor | float
-    clip_high: Tensor | float
+    entropy_limit: Tensor | None
 
     def __getitem__(self, chunk: slice) -> Tokens:
-        def cut(value: Any) -> Any:
-            return value[chunk] if isinstance(value, Tensor) else value
+        def cut(column: Tensor | None) -> Any:
+            return None if column is None else column[chunk]
 
-        return replace(self, **{f.name: cut(getattr(self, f.name)) for f in fields(self)})
+        return Tokens(**{f.name: cut(getattr(self, f.name)) for f in fields(self)})
 
-    def terms(self, logprobs: Tensor, config: PolicyLossConfig) -> tuple[TokenInputs, TokenTerms]:
+    def terms(
+        self, logprobs: Tensor, entropy: Tensor | None, config: PolicyLossConfig
+    ) -> tuple[TokenInputs, TokenTerms]:
         """Weights and values; `logprobs` is 0 where masked."""
+        clip_low, clip_high = torch.full_like(logprobs, config.clip_low), torch.full_like(logprobs, config.clip_high)
+        if self.entropy_limit is not None:
+            assert entropy is not None  # checked with the inputs
+            high = entropy > self.entropy_limit
+            clip_low = clip_low.masked_fill(high, config.high_entropy_clip)
+            clip_high = clip_high.masked_fill(high, config.high_entropy_clip)
         log_ratio = torch.zeros_like(logprobs) if self.old_logprobs is None else logprobs - self.old_logprobs
         ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         inputs = TokenInputs(
             logprobs,
             ratio,
             self.advantages,
-            torch.as_tensor(self.clip_low, dtype=ratio.dtype, device=ratio.device).expand_as(ratio),
-            torch.as_tensor(self.clip_high, dtype=ratio.dtype, device=ratio.device).expand_as(ratio),
+            clip_low,
+            clip_high,
             ratio if self.sequence_ratio is None else self.sequence_ratio,
         )
         return inputs, OBJECTIVES[config.objective](inputs, config)
 
-    def gradients(self, logprobs: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Tensor | None]:
+    def gradients(
+        self, logprobs: Tensor, entropy: Tensor | None, config: PolicyLossConfig
+    ) -> tuple[Tensor, Tensor | None]:
         """Of the loss sum, in the log-probs and (None without an entropy bonus) in the entropy."""
         logprobs = torch.where(self.mask, logprobs, 0.0)
-        _, terms = self.terms(logprobs, config)
+        _, terms = self.terms(logprobs, entropy, config)
         grad = -terms.weight * self.advantages
         if self.correction is not None:
             grad = grad * self.correction
@@ -181,13 +207,91 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
 
 
 def kl_gradient(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """Derivative of `kl_estimate` in `logprobs`: 1, d, 1 - exp(-d) (the last one 1 where the exponent is clamped)."""
+    """Derivative of `kl_estimate` in `logprobs`: 1, d, 1 - exp(-d). The clamp holds the last; it must not turn it."""
     d = logprobs - ref_logprobs
     if estimator == "k1":
         return torch.ones_like(d)
     if estimator == "k2":
         return d
-    return torch.where(d < -LOG_RATIO_LIMIT, 1.0, 1 - torch.exp(-d.clamp(min=-LOG_RATIO_LIMIT)))
+    return 1 - torch.exp((-d).clamp(max=LOG_RATIO_LIMIT))
+
+
+@dataclass(frozen=True)
+class ResponseTerms:
+    """What tokens must know of their whole responses; None where the configuration does not ask for it.
+
+    Attributes:
+        count: scalar, how many responses are to be reported with these tokens.
+        lengths: [N], unmasked tokens of the token's response.
+        sequence_ratio: [N], see `TokenInputs`.
+        entropy_limit: [N], the response's entropy quantile.
+        dropped: [N] bool, whether the response is dropped for its mismatch with the sampler.
+    """
+
+    count: Tensor | None = None
+    lengths: Tensor | None = None
+    sequence_ratio: Tensor | None = None
+    entropy_limit: Tensor | None = None
+    dropped: Tensor | None = None
+
+    def split(self, sizes: Sequence[int]) -> list[ResponseTerms]:
+        """Of consecutive parts of the tokens; all responses are counted with the first."""
+        names = ("lengths", "sequence_ratio", "entropy_limit", "dropped")
+        columns = {name: getattr(self, name) for name in names}
+        pieces = {n: [None] * len(sizes) if c is None else c.split(list(sizes)) for n, c in columns.items()}
+        counts = [
+            self.count if self.count is None or i == 0 else torch.zeros_like(self.count) for i in range(len(sizes))
+        ]
+        return [ResponseTerms(counts[i], **{name: pieces[name][i] for name in names}) for i in range(len(sizes))]
+
+    @staticmethod
+    def of(
+        data: TokenData,
+        config: PolicyLossConfig,
+        cp_group: dist.ProcessGroup | None,
+        logprobs: Tensor | None = None,
+        entropy: Tensor | None = None,
+    ) -> ResponseTerms:
+        """At most one small collective, over `cp_group`, and only where something is asked for.
+
+        Args:
+            logprobs, entropy: [N], needed if `needs_all_logprobs`.
+        """
+        mask = data.mask
+        asked: dict[str, Tensor] = {}
+        if config.objective in ("gspo", "response_mean_is"):
+            assert logprobs is not None
+            old = logprobs if data.old_logprobs is None else data.old_logprobs
+            asked["log_ratio"] = torch.where(mask, logprobs - old, 0.0)
+        if config.entropy_quantile is not None:
+            assert entropy is not None
+            asked["entropy"] = torch.where(mask, entropy, 0.0)
+        if config.drops_responses:
+            assert data.rollout_log_ratio is not None  # checked with the inputs
+            asked["rollout_log_ratio"] = data.rollout_log_ratio
+        if not asked and config.aggregation == "token-mean":
+            return ResponseTerms()
+
+        responses, values = Responses.of(mask, data.sequence_ids, cp_group, list(asked.values()))
+        whole = dict(zip(asked, values, strict=True))
+
+        def spread(per_response: Tensor | None) -> Tensor | None:
+            return None if per_response is None else responses.spread(per_response)
+
+        sequence_ratio = entropy_limit = dropped = None
+        if "log_ratio" in whole:
+            sequence_ratio = _sequence_ratio(config, responses, whole["log_ratio"])
+        if config.entropy_quantile is not None:
+            entropy_limit = responses.quantile(whole["entropy"], config.entropy_quantile)
+        if config.drops_responses:
+            dropped = dropped_responses(responses, whole["rollout_log_ratio"], config)
+        return ResponseTerms(
+            responses.count(),
+            responses.spread(responses.lengths),
+            spread(sequence_ratio),
+            spread(entropy_limit),
+            spread(dropped),
+        )
 
 
 @dataclass(frozen=True)
@@ -205,84 +309,29 @@ class PreparedLoss:
     correction: RolloutCorrection | None
 
     @staticmethod
-    def of(
-        data: TokenData,
-        config: PolicyLossConfig,
-        cp_group: dist.ProcessGroup | None,
-        logprobs: Tensor | None = None,
-        entropy: Tensor | None = None,
-    ) -> PreparedLoss:
-        """At most one small collective, over `cp_group`, and only where something belongs to whole responses.
-
-        Args:
-            logprobs, entropy: [N], needed if `needs_all_logprobs`.
-        """
-        mask, dtype = data.mask, data.advantages.dtype
-        log_ratio = rollout_log_ratio = entropy_ = None
-        if needs_all_logprobs(config):
-            assert logprobs is not None
-            old = logprobs if data.old_logprobs is None else data.old_logprobs
-            log_ratio = torch.where(mask, logprobs - old, 0.0)
-            if config.entropy_quantile is not None:
-                assert entropy is not None
-                entropy_ = torch.where(mask, entropy, 0.0)
-        if data.rollout_logprobs is not None and data.old_logprobs is not None:
-            rollout_log_ratio = data.old_logprobs - data.rollout_logprobs
-
-        # What is needed of whole responses, by name.
-        parts: dict[str, Tensor] = {}
-        if config.objective in ("gspo", "response_mean_is"):
-            assert log_ratio is not None
-            parts["log_ratio"] = log_ratio
-        if entropy_ is not None:
-            parts["entropy"] = entropy_
-        if config.drops_responses:
-            assert rollout_log_ratio is not None
-            parts["rollout_log_ratio"] = rollout_log_ratio
-        responses = None
-        whole: dict[str, Tensor] = {}
-        if parts or config.aggregation != "token-mean":
-            responses, values = Responses.of(mask, data.sequence_ids, cp_group, list(parts.values()))
-            whole = dict(zip(parts, values, strict=True))
-
+    def of(data: TokenData, config: PolicyLossConfig, responses: ResponseTerms) -> PreparedLoss:
+        dtype = data.advantages.dtype
         correction = None
-        if rollout_log_ratio is not None:
-            correction = rollout_correction(rollout_log_ratio, config, responses, whole.get("rollout_log_ratio"))
-
-        clip_low: Tensor | float = config.clip_low
-        clip_high: Tensor | float = config.clip_high
-        if config.entropy_quantile is not None:
-            assert responses is not None
-            assert entropy_ is not None
-            limit = responses.spread(responses.quantile(whole["entropy"], config.entropy_quantile)).to(dtype)
-            high = entropy_ > limit
-            clip_low = torch.full_like(limit, clip_low).masked_fill(high, config.high_entropy_clip)
-            clip_high = torch.full_like(limit, clip_high).masked_fill(high, config.high_entropy_clip)
-
-        scale, denominator = _scale(mask, responses, config, dtype)
-        return PreparedLoss(
-            config,
-            data,
-            Tokens(
-                mask,
-                data.advantages,
-                scale,
-                data.old_logprobs,
-                data.ref_logprobs,
-                correction.factor if correction is not None and config.uses_rollout_logprobs else None,
-                _sequence_ratio(config, responses, whole, dtype),
-                clip_low,
-                clip_high,
-            ),
-            denominator,
-            correction,
+        if data.rollout_log_ratio is not None:
+            correction = rollout_correction(data.rollout_log_ratio, responses.dropped, config)
+        scale, denominator = _scale(data.mask, responses, config)
+        tokens = Tokens(
+            data.mask,
+            data.advantages,
+            scale.to(dtype),
+            data.old_logprobs,
+            data.ref_logprobs,
+            correction.factor if correction is not None and config.uses_rollout_logprobs else None,
+            None if responses.sequence_ratio is None else responses.sequence_ratio.to(dtype),
+            None if responses.entropy_limit is None else responses.entropy_limit.to(dtype),
         )
+        return PreparedLoss(config, data, tokens, denominator, correction)
 
     def output(self, logprobs: Tensor, entropy: Tensor | None, shape: Sequence[int]) -> LossOutput:
         """Value and metrics, detached, from the log-probs [N] of all tokens."""
         config, tokens, mask = self.config, self.tokens, self.data.mask
         masked = torch.where(mask, logprobs, 0.0)
-        inputs, terms = tokens.terms(masked, config)
+        inputs, terms = tokens.terms(masked, entropy, config)
         token_loss = terms.value if tokens.correction is None else terms.value * tokens.correction
         old = masked if tokens.old_logprobs is None else tokens.old_logprobs
 
@@ -294,7 +343,7 @@ class PreparedLoss:
                 token_loss = token_loss - config.entropy_coef * torch.where(mask, entropy, 0.0)
         if tokens.ref_logprobs is not None:
             kl = kl_estimate(masked, tokens.ref_logprobs, config.kl_estimator)
-            token_loss = token_loss + config.kl_coef * kl
+            token_loss = token_loss + config.kl_coef * kl if config.kl_coef else token_loss
             metrics["kl"] = _mean_over(kl, mask)
         if self.data.rollout_logprobs is not None:
             metrics["rollout_logprob_diff"] = _mean_over((old - self.data.rollout_logprobs).abs(), mask)
@@ -316,33 +365,27 @@ class PreparedLoss:
         )
 
 
-def _sequence_ratio(
-    config: PolicyLossConfig, responses: Responses | None, whole: dict[str, Tensor], dtype: torch.dtype
-) -> Tensor | None:
-    if config.objective not in ("gspo", "response_mean_is"):
-        return None
-    assert responses is not None
-    log_ratio = whole["log_ratio"]
+def _sequence_ratio(config: PolicyLossConfig, responses: Responses, log_ratio: Tensor) -> Tensor:
+    """[M] -> [count]"""
     if config.objective == "gspo":
-        return responses.spread(responses.mean(log_ratio).clamp(max=GSPO_LOG_RATIO_LIMIT).exp()).to(dtype)
+        return responses.mean(log_ratio).clamp(max=GSPO_LOG_RATIO_LIMIT).exp()
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    return responses.spread(responses.mean(torch.where(responses.mask, ratio, 0.0))).to(dtype)
+    return responses.mean(torch.where(responses.mask, ratio, 0.0))
 
 
-def _scale(
-    mask: Tensor, responses: Responses | None, config: PolicyLossConfig, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _scale(mask: Tensor, responses: ResponseTerms, config: PolicyLossConfig) -> tuple[Tensor, Tensor]:
     """The weight of each token in the loss sum, and the denominator; both additive over micro-batches and ranks."""
-    if config.aggregation == "token-mean":
-        return mask.to(dtype), mask.sum()
-    assert responses is not None
     scale = mask.double()
+    if config.aggregation == "token-mean":
+        return scale, mask.sum()
+    assert responses.count is not None
+    assert responses.lengths is not None
     if config.aggregation == "seq-mean-token-mean":
-        scale = scale / responses.spread(responses.lengths).clamp(min=1)
+        scale = scale / responses.lengths.clamp(min=1)
     elif config.aggregation == "seq-mean-token-sum-norm":
         assert config.norm_length is not None  # checked with the inputs
         scale = scale / config.norm_length
-    return scale.to(dtype), responses.count()
+    return scale, responses.count
 
 
 def _policy_metrics(
