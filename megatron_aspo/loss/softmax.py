@@ -139,9 +139,10 @@ def local_targets(targets: Tensor, columns: int, vocab_shard: int, tp_group: dis
     """Global token ids -> columns of this rank's shard, -1 where another rank owns them.
 
     Args:
+        targets: any integers.
         columns: those of the rank's `vocab_shard` rows of the vocabulary that are real tokens.
     """
-    local = targets - vocab_shard * group_rank(tp_group)
+    local = targets.long() - vocab_shard * group_rank(tp_group)
     return local.masked_fill((local < 0) | (local >= columns), -1)
 
 
@@ -168,12 +169,12 @@ def tempered(logits: Tensor, temperature: float, threshold: Tensor | None) -> Te
     """A copy in the statistics' type, truncated and divided by the temperature; safe to overwrite."""
     z = logits.to(statistics_dtype(logits.dtype), copy=True)
     if threshold is not None:
-        z.masked_fill_(z < threshold[:, None], -torch.inf)
+        z.masked_fill_(z.float() < threshold[:, None], -torch.inf)  # as the threshold was found
     return z.div_(temperature) if temperature != 1 else z
 
 
 def tiles(logits: Tensor) -> Iterator[slice]:
-    step = max(1, _TILE_ELEMENTS.get(logits.device.type, 1 << 24) // logits.shape[1])
+    step = max(1, _TILE_ELEMENTS.get(logits.device.type, 1 << 24) // max(1, logits.shape[1]))
     for start in range(0, logits.shape[0], step):
         yield slice(start, min(start + step, logits.shape[0]))
 

@@ -17,6 +17,8 @@ from megatron_aspo.loss import softmax
 
 _BITS = 8
 _BINS = 1 << _BITS
+_MINUS_INF_KEY = 0x007FFFFF
+"""Where all tokens together weigh less than the limit; keys below it are NaNs."""
 
 
 def check(top_k: int | None, top_p: float | None) -> None:
@@ -78,7 +80,7 @@ def _select(
         digit = (larger < limit).int().argmax(1)  # the lowest bin that is still kept: `larger` falls with the bin
         above = larger.gather(1, digit[:, None])[:, 0]
         prefix = prefix << _BITS | digit
-    return _from_ordered_key(prefix)
+    return _from_ordered_key(prefix.clamp(min=_MINUS_INF_KEY))
 
 
 def _ordered_key(logits: Tensor) -> Tensor:
