@@ -42,39 +42,44 @@ class UpdateMetrics:
 
     Attributes:
         sums: name -> [2] float64, (sum, count).
-        first_log_ratio: max |log r| of the first update added; 0 if the trainer reproduces its own old log-probs.
+        maxima: name -> largest value; `log_ratio_max_first` is that of max |log r| in the first update added, 0 if
+            the trainer reproduces its own old log-probs.
         grad_norms: one per update, before clipping.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    first_log_ratio: Tensor | None = None
+    maxima: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     grad_norms: list[float] = field(default_factory=list[float])
 
     def add(self, reported: Sequence[dict[str, Any]], grad_norm: float) -> None:
-        """Add what `megatron_loss_func` returned for the micro-batches of one update."""
+        """Add what `megatron_loss_tuple` returned for the micro-batches of one update."""
+        first = not self.grad_norms
         for one in reported:
             for name, pair in one["metrics"].items():
                 values = torch.stack([value.double() for value in pair])
                 self.sums[name] = self.sums[name] + values if name in self.sums else values
-        if not self.grad_norms and reported:
-            self.first_log_ratio = torch.stack([one["maxima"]["log_ratio_max"] for one in reported]).amax().double()
+            maxima = dict(one["maxima"])
+            if first:
+                maxima["log_ratio_max_first"] = maxima["log_ratio_max"]
+            for name, value in maxima.items():
+                self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
         self.grad_norms.append(grad_norm)
 
     def reduce(self) -> dict[str, float]:
-        """Means over all tokens of all ranks, the same on every rank: one reduction over data-parallel ranks on
-        the last pipeline stage, then handed to the other stages."""
+        """Means over all tokens of all ranks, the same on every rank: one reduction (and one of the maxima) over
+        data- and context-parallel ranks on the last pipeline stage, then handed to the other stages."""
         means: dict[str, float] = {}
         if parallel_state.is_pipeline_last_stage() and self.sums:
-            assert self.first_log_ratio is not None
-            names = sorted(self.sums)
-            table = torch.stack([self.sums[name] for name in names])
             group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            names, largest = sorted(self.sums), sorted(self.maxima)
+            table = torch.stack([self.sums[name] for name in names])
+            maxima = torch.stack([self.maxima[name].double() for name in largest])
             dist.all_reduce(table, group=group)
-            dist.all_reduce(self.first_log_ratio, op=dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
             means = {
                 name: float(total / count) for name, (total, count) in zip(names, table.tolist(), strict=True) if count
             }
-            means["log_ratio_max_first"] = float(self.first_log_ratio)
+            means |= dict(zip(largest, maxima.tolist(), strict=True))
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             carrier = [means]
             dist.broadcast_object_list(
