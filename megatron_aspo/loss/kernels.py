@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_aspo.loss.softmax import _LOWEST, _NEVER
+from megatron_aspo.loss import softmax
 
-LOWEST = tl.constexpr(_LOWEST)
-NEVER = tl.constexpr(_NEVER)
+LOWEST = tl.constexpr(softmax.LOWEST)
+NEVER = tl.constexpr(softmax.NEVER)
 
 WARPS = 4
 TILE = 2048

@@ -24,10 +24,10 @@ from torch import Tensor
 KERNELS_VARIABLE = "MEGATRON_ASPO_KERNELS"
 """Environment variable: "auto" (Triton on CUDA), "torch", or "triton" (also on CPU, in Triton's interpreter)."""
 
-_NEVER = -1e4
-"""Stands for log 0: exp of it is 0 in float64 too, and 0 * _NEVER is 0 where 0 * -inf is NaN."""
+NEVER = -1e4
+"""Stands for log 0: exp of it is 0 in float64 too, and 0 * NEVER is 0 where 0 * -inf is NaN."""
 
-_LOWEST = -1e30
+LOWEST = -1e30
 """Stands for the maximum of a shard without a finite logit: with -inf, z - m would be NaN."""
 
 _TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
@@ -52,17 +52,17 @@ def statistics(logits: Tensor, targets: Tensor, temperature: float = 1.0, thresh
         return kernels.statistics(logits, targets, temperature, threshold)
     out = torch.empty(4, logits.shape[0], dtype=statistics_dtype(logits.dtype), device=logits.device)
     if not logits.shape[1]:
-        out.zero_()[0] = _LOWEST
+        out.zero_()[0] = LOWEST
         return out
     for rows in tiles(logits):
         z = tempered(logits[rows], temperature, None if threshold is None else threshold[rows])
         m, s, q, target = out[:, rows].unbind()
         own = targets[rows]
         target.copy_(torch.where(own >= 0, z.gather(1, own.clamp(min=0)[:, None])[:, 0], 0.0))
-        torch.clamp(z.amax(-1), min=_LOWEST, out=m)
+        torch.clamp(z.amax(-1), min=LOWEST, out=m)
         e = z.sub_(m[:, None]).exp()
         torch.sum(e, -1, out=s)
-        torch.sum(z.clamp_(min=_NEVER).mul_(e), -1, out=q)
+        torch.sum(z.clamp_(min=NEVER).mul_(e), -1, out=q)
     return out
 
 
@@ -106,7 +106,7 @@ def gradient(
         else:
             p = z.exp()
             d_entropy = (grad_entropy[rows] / temperature).to(z.dtype)
-            grad = z.clamp_(min=_NEVER).add_(entropy[rows, None]).mul_(-d_entropy[:, None]).sub_(d[:, None]).mul_(p)
+            grad = z.clamp_(min=NEVER).add_(entropy[rows, None]).mul_(-d_entropy[:, None]).sub_(d[:, None]).mul_(p)
         own = targets[rows]
         grad.scatter_add_(1, own.clamp(min=0)[:, None], torch.where(own >= 0, d, 0.0)[:, None])
         out[rows] = grad
@@ -127,9 +127,10 @@ def merge(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[ranks, 4, n] -> (log sum e^z, entropy in nats, the target's log-prob), each [n]."""
     m, s, q, target = shards.unbind(1)
     top = m.amax(0)
-    scale = (m - top).exp()
+    shift = (m - top).clamp(min=NEVER)  # a shard far below the top weighs nothing: 0 * shift must not be NaN
+    scale = shift.exp()
     total = (s * scale).sum(0)
-    moment = ((q + s * (m - top)) * scale).sum(0)
+    moment = ((q + s * shift) * scale).sum(0)
     log_total = total.log()
     # Relative to the maximum: the logits' common offset must not eat the log-prob's digits.
     return top + log_total, log_total - moment / total, target.sum(0) - top - log_total
@@ -183,6 +184,6 @@ def _use_triton(logits: Tensor) -> bool:
     choice = os.environ.get(KERNELS_VARIABLE, "auto")
     if choice not in ("auto", "torch", "triton"):
         raise ValueError(f"{KERNELS_VARIABLE}={choice!r} is not one of auto, torch, triton")
-    if choice == "auto":
-        return logits.is_cuda and logits.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
-    return choice == "triton"
+    if choice == "torch" or logits.dtype == torch.float64:
+        return False
+    return choice == "triton" or (logits.is_cuda and importlib.util.find_spec("triton") is not None)

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import run, run_config
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from watch import Watch
 
 from megatron_aspo.config import PolicyLossConfig
 from megatron_aspo.distributed import distributed
@@ -71,23 +70,6 @@ def compare_with_plain(size: int, dtype: torch.dtype, tolerance: float, temperat
         torch.testing.assert_close(
             logits.grad, shard(expected_logits.grad, group), rtol=finest, atol=tolerance, check_dtype=False
         )
-
-
-class Watch(TorchDispatchMode):
-    """Notes collectives, with the bytes this rank puts in, and the largest tensor that comes out of any operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.collectives: list[tuple[str, int]] = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self.collectives.append((func.__name__, args[1].nbytes))
-        sizes = [leaf.numel() for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor)]
-        self.largest = max([self.largest, *sizes])
-        return out
 
 
 def watch(size: int) -> tuple[Watch, Watch, int]:

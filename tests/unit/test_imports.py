@@ -35,7 +35,7 @@ def run_python(code: str) -> str:
 def test_the_loss_needs_torch_alone() -> None:
     """All of the project's other dependencies are away; torch itself does without numpy."""
     blocked = (
-        *("megatron", "transformer_engine", "vllm", "transformers", "numpy", "omegaconf", "yaml", "rich"),
+        *("megatron", "transformer_engine", "triton", "vllm", "transformers", "numpy", "omegaconf", "yaml", "rich"),
         *("tensorboard", "matplotlib", "psutil", "reasoning_gym"),
     )
     use = """

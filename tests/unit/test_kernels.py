@@ -270,20 +270,21 @@ def test_the_public_function(run: Run, dtype: torch.dtype, overwrite_logits: boo
 
 
 def test_the_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dispatched() -> list[str]:
+    def dispatched(dtype: torch.dtype = torch.float32) -> list[str]:
         """Which of the two functions call the kernels, here stand-ins."""
         called: list[str] = []
         kernels = types.SimpleNamespace(
             statistics=lambda *_: called.append("statistics"), gradient=lambda *_: called.append("gradient")
         )
         monkeypatch.setattr(megatron_aspo.loss, "kernels", kernels, raising=False)
-        logits, targets = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+        logits, targets = torch.zeros(2, 3, dtype=dtype), torch.zeros(2, dtype=torch.int64)
         softmax.statistics(logits, targets)
-        softmax.gradient(logits, targets, torch.zeros(2), torch.zeros(2), torch.empty(2, 3))
+        softmax.gradient(logits, targets, logits[:, 0], logits[:, 0], torch.empty_like(logits))
         return called
 
     monkeypatch.setenv(softmax.KERNELS_VARIABLE, "triton")
     assert dispatched() == ["statistics", "gradient"]
+    assert dispatched(torch.float64) == []  # the kernels' statistics are float32
     for choice in ("torch", "auto"):  # auto: these are on CPU
         monkeypatch.setenv(softmax.KERNELS_VARIABLE, choice)
         assert dispatched() == []

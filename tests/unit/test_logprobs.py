@@ -265,6 +265,13 @@ def test_shards_merge_to_the_whole(case: str, dtype: torch.dtype) -> None:
     )
 
 
+def test_a_shard_far_below_another_weighs_nothing() -> None:
+    low, high = torch.zeros(1, 1000), torch.tensor([[3e38]])
+    shards = [softmax.statistics(shard, torch.tensor([target])) for shard, target in ((low, -1), (high, 0))]
+    _, entropy, logprobs = softmax.merge(torch.stack(shards))
+    assert (entropy.item(), logprobs.item()) == (0, 0)
+
+
 def test_a_shard_of_minus_infinity_has_finite_statistics() -> None:
     stats = softmax.statistics(torch.full((2, 4), -math.inf), torch.zeros(2, dtype=torch.long))
     maximum, total, moment, _ = stats
