@@ -11,7 +11,6 @@ from torch import Tensor
 from megatron_aspo.config import Objective, PolicyLossConfig
 from megatron_aspo.loss import megatron_loss_func, softmax, vocab_parallel_logprobs
 
-
 V = 23
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6}
 
