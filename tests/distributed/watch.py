@@ -1,0 +1,24 @@
+"""What the operators under a mode did: the collectives they made, their memory, and the largest tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.counting import Count
+
+
+class Watch(Count):
+    """Notes also the most elements of a tensor that goes into an operation or comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        sizes = [leaf.numel() for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return out
