@@ -227,10 +227,42 @@ def test_what_a_stream_is_padded_to(tensor: int, sequence_parallel: bool, contex
         {"sapo_tau_neg": -1.0},
         {"kl_coef": -0.1},
         {"norm_length": 0},
+        {"rollout_correction": "tis"},
+        {"rollout_ratio_low": 2.0},
+        {"rollout_ratio_low": -0.1},
+        {"rollout_ratio_low": math.nan},
+        {"rollout_ratio_high": 0.5},
+        {"rollout_ratio_high": math.inf},
+        {"rollout_sequence_low": -1.0},
+        {"rollout_sequence_low": 1.0, "rollout_sequence_high": 1.0},
+        {"rollout_sequence_high": 0.0},
+        {"rollout_sequence_high": math.nan},
+        {"rollout_veto": 0.0},
+        {"rollout_veto": 1.0},
     ],
-    ids=lambda f: next(iter(f)),
+    ids=lambda f: ",".join(f"{name}={value}" for name, value in f.items()),
 )
 def test_the_loss_refuses(fields: dict[str, Any]) -> None:
     """The library's users get a ValueError that names the field."""
-    with pytest.raises(ValueError, match=next(iter(fields))):
+    name, value = next(iter(fields.items()))
+    with pytest.raises(ValueError, match=rf"\b{name}\b") as error:
         PolicyLossConfig(**fields)
+    assert not name.startswith("rollout") or f"{name}={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "drops", "uses"),
+    [
+        ({}, False, False),
+        ({"rollout_correction": "truncate"}, False, True),
+        ({"rollout_correction": "mask", "rollout_ratio_low": 0.0}, False, True),
+        ({"rollout_sequence_low": 0.5}, True, True),
+        ({"rollout_sequence_high": 2.0}, True, True),
+        ({"rollout_veto": 1e-4}, True, True),
+        ({"rollout_sequence_low": 0.0}, False, False),
+    ],
+    ids=str,
+)
+def test_what_needs_the_samplers_logprobs(fields: dict[str, Any], drops: bool, uses: bool) -> None:
+    config = PolicyLossConfig(**fields)
+    assert (config.drops_responses, config.uses_rollout_logprobs) == (drops, uses)
