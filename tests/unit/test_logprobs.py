@@ -232,6 +232,82 @@ def test_refuses(changes: dict[str, Any], message: str) -> None:
         vocab_parallel_logprobs(**inputs | changes)
 
 
+# --- Padding of the vocabulary, and where the gradient is written ---
+
+
+@pytest.mark.parametrize("garbage", [50.0, -50.0, math.inf, math.nan])
+@pytest.mark.parametrize("vocab_size", [1, 9, V - 1, V])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_padding_has_no_probability_and_no_gradient(dtype: torch.dtype, vocab_size: int, garbage: float) -> None:
+    """Whatever stands in the columns that only pad the vocabulary."""
+    logits, targets = random_logits(2, 4, dtype=dtype), random_targets(2, 4) % vocab_size
+    logits[..., vocab_size:] = garbage
+    short, padded = logits[..., :vocab_size].clone().requires_grad_(), logits.clone().requires_grad_()
+    right = whole(short, targets, temperature=0.7)
+    found = whole(padded, targets, temperature=0.7, vocab_size=vocab_size)
+    assert [torch.equal(a, b) for a, b in zip(found, right, strict=True)] == [True, True]
+    for logprobs, entropy in (found, right):
+        (2 * logprobs.sum() - entropy.sum()).backward()
+    assert short.grad is not None
+    assert padded.grad is not None
+    assert torch.equal(padded.grad[..., :vocab_size], short.grad)
+    assert padded.grad[..., vocab_size:].eq(0).all()
+    if vocab_size == 1:
+        assert right[0].eq(0).all()
+        assert right[1].eq(0).all()
+
+
+@pytest.mark.parametrize("vocab_size", [None, 17])
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_overwriting_gives_the_same_gradient_in_the_logits_own_storage(
+    dtype: torch.dtype, options: dict[str, Any], vocab_size: int | None
+) -> None:
+    gradients = []
+    targets = random_targets(3, 5) % 17
+    for overwrite in (True, False):
+        leaf = random_logits(3, 5, dtype=dtype).requires_grad_()
+        logits = leaf * 1  # as a model's output, no leaf
+        before = logits.detach().clone()
+        handed_on: list[Tensor] = []
+        logits.register_hook(handed_on.append)
+        logprobs, entropy = whole(logits, targets, vocab_size=vocab_size, overwrite_logits=overwrite, **options)
+        assert torch.equal(logits.detach(), before)  # until backward
+        (logprobs.clamp(min=-99).sum() + entropy.sum()).backward()
+        (gradient,) = handed_on
+        gradients.append(gradient.clone())
+        assert (gradient.data_ptr() == logits.data_ptr()) == overwrite
+        assert torch.equal(logits.detach(), gradient if overwrite else before)
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, gradient)
+    assert torch.equal(*gradients)
+    assert gradients[0].ne(0).any()
+
+
+@pytest.mark.parametrize("as_mask", [Tensor.bool, Tensor.float, Tensor.long])
+def test_loss_mask_frees_targets_and_nothing_else(as_mask: Any) -> None:
+    logits, targets = random_logits(2, 6), random_targets(2, 6)
+    mask = torch.arange(12).view(2, 6) % 4 != 1
+    right = whole(logits, targets)
+    found = whole(logits, targets.masked_fill(~mask, -100), loss_mask=as_mask(mask))
+    assert torch.equal(found[0][mask], right[0][mask])
+    assert torch.equal(found[1], right[1])
+    assert torch.isfinite(found[0]).all()
+    with pytest.raises(ValueError, match="targets holds token id -100"):
+        whole(logits, targets.masked_fill(mask, -100), loss_mask=as_mask(mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_targets_may_be_any_integers(dtype: torch.dtype) -> None:
+    logits, targets = random_logits(6).requires_grad_(), random_targets(6)
+    logprobs, _ = whole(logits, targets.to(dtype))
+    assert torch.equal(logprobs, whole(logits, targets)[0])
+    logprobs.sum().backward()
+    assert logits.grad is not None
+    right = torch.nn.functional.one_hot(targets, V) - torch.softmax(logits.detach(), -1)
+    torch.testing.assert_close(logits.grad, right, rtol=1e-5, atol=1e-6)
+
+
 # --- The mathematics of shards, in one process ---
 
 
