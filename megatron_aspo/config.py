@@ -118,7 +118,16 @@ class PolicyLossConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama architecture (RMSNorm, rotary embeddings, SwiGLU, grouped-query attention)."""
+    """A decoder of the Llama architecture (RMSNorm, rotary embeddings, SwiGLU, grouped-query attention), dense or
+    with a mixture of experts in every layer.
+
+    Attributes:
+        num_experts: experts of a layer; 0 is a dense model, for which the `moe_` settings mean nothing.
+        moe_top_k: experts that each token goes to.
+        moe_ffn_hidden_size: of one expert; null takes ffn_hidden_size.
+        moe_aux_loss_coef, moe_z_loss_coef: coefficients of the router's load-balancing loss and z-loss, which are
+            means over all tokens of an update, prompts included. They do not depend on `loss`.
+    """
 
     num_layers: int = 2
     hidden_size: int = 64
@@ -130,6 +139,11 @@ class ModelConfig:
     tie_embeddings: bool = False
     init_std: float = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"
+    num_experts: int = 0
+    moe_top_k: int = 2
+    moe_ffn_hidden_size: int | None = None
+    moe_aux_loss_coef: float = 1e-3
+    moe_z_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
@@ -145,6 +159,21 @@ class ModelConfig:
         )
         head = self.hidden_size // self.num_attention_heads
         _require(head % 2 == 0, f"hidden_size / num_attention_heads = {head} must be even for rotary embeddings")
+        _require(self.num_experts >= 0, f"num_experts={self.num_experts} must be >= 0 (0 is a dense model)")
+        _require(
+            self.num_experts == 0 or 1 <= self.moe_top_k <= self.num_experts,
+            f"moe_top_k={self.moe_top_k} must lie in [1, num_experts={self.num_experts}]",
+        )
+        _require(self.moe_ffn_hidden_size is None or self.moe_ffn_hidden_size > 0, "moe_ffn_hidden_size must be > 0")
+        _require(
+            self.moe_aux_loss_coef >= 0 and self.moe_z_loss_coef >= 0,
+            "moe_aux_loss_coef and moe_z_loss_coef must be >= 0",
+        )
+
+    @property
+    def expert_hidden_size(self) -> int:
+        """The feed-forward size of one expert."""
+        return self.ffn_hidden_size if self.moe_ffn_hidden_size is None else self.moe_ffn_hidden_size
 
 
 @dataclass(frozen=True)
@@ -155,16 +184,19 @@ class ParallelConfig:
         tensor: ranks that share every weight matrix.
         pipeline: ranks that hold a part of the layers each.
         context: ranks that hold a part of every packed stream each (Megatron's context parallelism).
+        expert: ranks that hold a part of the experts each. They are data- or context-parallel to each other, so
+            expert parallelism needs no ranks of its own.
         sequence_parallel: between the weight matrices each tensor-parallel rank keeps its share of the tokens only.
     """
 
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(self, "tensor", "pipeline", "context")
+        _require_positive(self, "tensor", "pipeline", "context", "expert")
         _require(
             not self.sequence_parallel or self.tensor > 1,
             "sequence_parallel=true needs tensor > 1; set parallel.sequence_parallel=false",
@@ -172,7 +204,8 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        return self.tensor * self.pipeline * self.context
+        """The fewest ranks that hold the layout; any world is a multiple of it."""
+        return self.tensor * self.pipeline * math.lcm(self.context, self.expert)
 
     @property
     def stream_multiple(self) -> int:
@@ -442,8 +475,8 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
     if world_size % size:
         raise UserError(
             f"{world_size} rank(s) cannot hold parallel.tensor={config.parallel.tensor} x "
-            f"parallel.pipeline={config.parallel.pipeline} x parallel.context={config.parallel.context}; "
-            f"start a multiple of {size} ranks"
+            f"parallel.pipeline={config.parallel.pipeline} x parallel.context={config.parallel.context} "
+            f"with parallel.expert={config.parallel.expert}; start a multiple of {size} ranks"
         )
 
 
@@ -523,8 +556,9 @@ def _fill_dependent(config: RunConfig) -> RunConfig:
 def _check_together(config: RunConfig) -> None:
     """What depends on several fields at once."""
     model, parallel, rollout, train = config.model, config.parallel, config.rollout, config.train
-    for what in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if getattr(model, what) % parallel.tensor:
+    sizes = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "moe_ffn_hidden_size")
+    for what in sizes:
+        if (getattr(model, what) or 0) % parallel.tensor:
             raise UserError(
                 f"model.{what}={getattr(model, what)} is not a multiple of parallel.tensor={parallel.tensor}"
                 "; change one of them"
@@ -533,6 +567,16 @@ def _check_together(config: RunConfig) -> None:
         raise UserError(
             f"model.num_layers={model.num_layers} is not a multiple of parallel.pipeline={parallel.pipeline}"
             "; change one of them"
+        )
+    if model.num_experts % parallel.expert or (parallel.expert > 1 and not model.num_experts):
+        raise UserError(
+            f"model.num_experts={model.num_experts} cannot be spread over parallel.expert={parallel.expert} ranks; "
+            "make it a multiple"
+        )
+    if model.num_experts and parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"parallel.tensor={parallel.tensor} with model.num_experts={model.num_experts} needs sequence parallelism, "
+            "or every expert would see every token more than once; set parallel.sequence_parallel=true"
         )
     if train.mini_batch_prompts > rollout.prompts_per_step:
         raise UserError(

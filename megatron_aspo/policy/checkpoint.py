@@ -23,6 +23,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_aspo.config import ModelConfig
 from megatron_aspo.errors import UserError
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.run_folder import META_FILE, PARTIAL_SUFFIX, STEP_PREFIX, list_checkpoints, read_meta, step_of
@@ -33,6 +34,9 @@ _OPTIMIZER_FORMAT = {
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
 }
+
+# Of the model's section, but no property of its weights.
+_TRAINING_SETTINGS = ("moe_aux_loss_coef", "moe_z_loss_coef")
 
 
 def save(root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int = 0) -> Path:
@@ -116,10 +120,12 @@ def load_weights(path: Path, policy: Policy) -> None:
 def _meta_of_same_model(path: Path, policy: Policy) -> dict[str, Any]:
     meta = read_meta(path)
     ours = dataclasses.asdict(policy.config.model)
-    different = [key for key in ours if meta["model"].get(key) != ours[key]]
+    # What an older version did not know yet had its default.
+    theirs = dataclasses.asdict(ModelConfig()) | meta["model"]
+    different = [key for key in ours if theirs[key] != ours[key] and key not in _TRAINING_SETTINGS]
     if different:
         raise UserError(
-            f"{path} was written by another model: {', '.join(f'{k}={meta["model"].get(k)}' for k in different)}, "
+            f"{path} was written by another model: {', '.join(f'{k}={theirs[k]}' for k in different)}, "
             f"here {', '.join(f'{k}={ours[k]}' for k in different)}; use its configuration or another run name"
         )
     return meta
@@ -156,22 +162,23 @@ def _load_optimizer(policy: Policy, state: dict[Any, Any]) -> None:
     all parameters share (each parameter's update then advances it, and the bias correction runs away), and its
     copy of the moments stumbles over `step` being there. So the moments are loaded while `step` is away, and
     every parameter gets a copy of its own.
+
+    With expert parallelism there is an optimizer for the experts too. The moments are found by the names of their
+    parameters; of what was saved besides, only the number of steps counts, which all groups of parameters share.
     """
     optimizers = _optimizers(policy)
-    states = [state] if len(optimizers) == 1 else [state[i] for i in range(len(optimizers))]
-    for optimizer, part in zip(optimizers, states, strict=True):
-        ours = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
-        moments = part.pop("param_state")
-        part.pop("param_state_sharding_type")
-        optimizer.load_state_dict(part)
+    saved = state["optimizer"] if "optimizer" in state else state[0]["optimizer"]
+    taken = saved["param_groups"][0]["step"]
+    for i, optimizer in enumerate(optimizers):
+        moments = (state if len(optimizers) == 1 else state[i])["param_state"]
+        groups = [group | {"step": taken} for group in optimizer.param_groups]
+        optimizer.load_state_dict({"optimizer": {"param_groups": groups}})
         per_parameter = optimizer.optimizer.state.values()
         steps = [s.pop("step", None) for s in per_parameter]
         optimizer.load_parameter_state_from_fully_reshardable(moments)
         for s, step in zip(per_parameter, steps, strict=True):
             if step is not None:
                 s["step"] = step.clone()
-        for group, hyper_parameters in zip(optimizer.param_groups, ours, strict=True):
-            group.update(hyper_parameters)
 
 
 def _optimizers(policy: Policy) -> Sequence[Any]:
@@ -206,6 +213,7 @@ def _layout(policy: Policy) -> dict[str, int]:
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,
         "context": parallel.context,
+        "expert": parallel.expert,
         "data": policy.dp_size,
     }
 

@@ -9,8 +9,11 @@ Megatron-Core takes CUDA for granted in several ways, and each has its answer he
 - its own RNG tracker, which calls into CUDA's generators: mapped to the CPU generator;
 - its checkpoint writer, which spawns a helper process a rank to hand results back (it imports torch again, takes
   0.5 GB, and stays when the rank is killed): a synchronous save needs a queue of this process only;
+- its dispatcher of tokens to experts: it makes lists of split sizes while it fetches them from the GPU (made here where
+  they lie), and gathers unequal parts from tensor-parallel ranks, which gloo cannot (all-reduced here);
 - layers that exist for GPUs only, or are slow elsewhere: a norm that knows sequence parallelism, attention and
-  rotary embedding over packed streams, with context parallelism.
+  rotary embedding over packed streams, with context parallelism;
+- the experts of a rank, whose random weights would be those of every other rank.
 
 Nothing happens when CUDA is available.
 """
@@ -20,9 +23,11 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -88,7 +93,9 @@ def _replace_cuda_functions() -> None:
     disable_jit_fuser()  # torch.compile of small functions, for modules of Megatron that are imported from now on
     import megatron.core.dist_checkpointing.strategies.filesystem_async as mcore_writer
     import megatron.core.models.common.embeddings.rope_utils as mcore_rope
+    import megatron.core.tensor_parallel.mappings as mcore_mappings
     import megatron.core.tensor_parallel.random as mcore_random
+    import megatron.core.transformer.moe.token_dispatcher as mcore_dispatcher
 
     def get_rng_state(*args: Any, **kwargs: Any) -> Tensor:
         return torch.get_rng_state()
@@ -117,6 +124,34 @@ def _replace_cuda_functions() -> None:
     setattr(mcore_random, "_set_cuda_rng_state", set_rng_state)  # noqa: B010
     setattr(mcore_rope, "_apply_rotary_pos_emb_thd", _apply_rotary_thd)  # noqa: B010
     setattr(mcore_writer, "_results_queue", queue.Queue())  # noqa: B010
+    mcore_dispatcher.maybe_move_tensor_to_cpu = _as_on_cpu
+    for name, uneven in (("_gather_along_first_dim", _gather), ("_reduce_scatter_along_first_dim", _reduce_scatter)):
+        setattr(mcore_mappings, name, partial(uneven, getattr(mcore_mappings, name)))
+
+
+def _as_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+
+
+def _gather(even: Any, x: Tensor, group: Any, sizes: list[int] | None = None, *buffer: Any, **options: Any) -> Tensor:
+    """Megatron's gather along the first dimension, with rank r's part of length sizes[r]."""
+    if sizes is None or group.size() == 1:
+        return even(x, group, sizes, *buffer, **options)
+    whole = x.new_zeros(sum(sizes), *x.shape[1:])
+    whole.split(sizes)[group.rank()].copy_(x)
+    dist.all_reduce(whole, group=group)
+    return whole
+
+
+def _reduce_scatter(
+    even: Any, x: Tensor, group: Any, sizes: list[int] | None = None, *buffer: Any, **options: Any
+) -> Tensor:
+    """Megatron's reduce-scatter along the first dimension, with rank r's part of length sizes[r]."""
+    if sizes is None or group.size() == 1:
+        return even(x, group, sizes, *buffer, **options)
+    total = x.clone()
+    dist.all_reduce(total, group=group)
+    return total.split(sizes)[group.rank()]
 
 
 def _apply_rotary_thd(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *, cp_group: Any, **options: Any) -> Tensor:
@@ -129,6 +164,19 @@ def _apply_rotary_thd(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *, cp_group:
     if cp_group.size() > 1:
         positions = positions[stream_part(cu_seqlens, cp_group.rank(), cp_group.size())]
     return _apply_rotary_pos_emb_bshd(t[:, None], freqs[positions], **options)[:, 0]
+
+
+def build_experts(builder: Any, num_local_experts: int, config: Any, *, pg_collection: Any, **options: Any) -> Any:
+    """This rank's part of a layer's experts, drawn as if it held them all.
+
+    Each rank draws its weights from the same generator on a CPU: if it drew its own alone, all ranks would hold
+    the same experts, and all later weights would depend on the layout.
+    """
+    experts = builder(num_local_experts * pg_collection.ep.size(), config, pg_collection=pg_collection, **options)
+    first = pg_collection.ep.rank() * num_local_experts
+    experts.local_experts = experts.local_experts[first : first + num_local_experts]
+    experts.num_local_experts = num_local_experts
+    return experts
 
 
 class RMSNorm(torch.nn.RMSNorm):

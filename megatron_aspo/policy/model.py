@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def initialize_parallel(config: ParallelConfig, seed: int) -> None:
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
     )
     # Stages of a pipeline hold different layers and must not draw the same weights (from torch's own generator).
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
@@ -104,6 +106,7 @@ def transformer_config(config: ModelConfig, parallel: ParallelConfig) -> Transfo
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -113,7 +116,24 @@ def transformer_config(config: ModelConfig, parallel: ParallelConfig) -> Transfo
         bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        **(_expert_settings(config) if config.num_experts else {}),
     )
+
+
+def _expert_settings(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_moe_experts": config.num_experts,
+        "moe_router_topk": config.moe_top_k,
+        "moe_ffn_hidden_size": config.expert_hidden_size,
+        "moe_router_load_balancing_type": "aux_loss" if config.moe_aux_loss_coef else "none",
+        "moe_aux_loss_coeff": config.moe_aux_loss_coef,
+        "moe_z_loss_coeff": config.moe_z_loss_coef or None,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": torch.cuda.is_available(),
+        "moe_router_dtype": "fp32",
+        # The weights of the chosen experts sum to 1; with one expert they would be 1 and teach the router nothing.
+        "moe_router_pre_softmax": config.moe_top_k == 1,
+    }
 
 
 def model_inputs(batch: MicroBatch) -> dict[str, Any]:
@@ -146,9 +166,16 @@ def _block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
             )
         if not config.bf16:
             raise UserError("packed attention on a GPU has no float32 kernel; set model.dtype=bfloat16")
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+        )
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=config.num_moe_experts)
     layer: Any = spec.submodules
+    if config.num_moe_experts:
+        moe = layer.mlp.keywords["submodules"]
+        moe.experts = partial(cpu.build_experts, moe.experts)
+        # Its map gives a dense layer's names in checkpoints; Transformer Engine keeps this norm apart from experts.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.input_layernorm = layer.pre_mlp_layernorm = cpu.RMSNorm
     layer.self_attention.submodules.core_attention = cpu.PackedAttention
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=cpu.RMSNorm)

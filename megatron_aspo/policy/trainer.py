@@ -106,15 +106,18 @@ class Policy:
         self.cp_group: Any = parallel_state.get_context_parallel_group()
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
-        # Decoding is not context-parallel, so context-parallel ranks take shares of the requests as well.
-        self.rollout_group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.dp_cp_group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        # Ranks that hold the same weights take shares of the requests when responses are sampled: data- and
+        # context-parallel ones (decoding is not context-parallel), but not ranks with different experts, which must
+        # work in step. Those and tensor-parallel ranks decode the same requests.
+        self.rollout_group: Any = parallel_state.get_expert_data_parallel_group()
+        self.twin_group: Any = parallel_state.get_expert_tensor_and_model_parallel_group()
         self.is_first_stage = parallel_state.is_pipeline_first_stage()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         self.stages = parallel_state.get_pipeline_model_parallel_world_size()
         self.previous_stage = parallel_state.get_pipeline_model_parallel_prev_rank()
         self.next_stage = parallel_state.get_pipeline_model_parallel_next_rank()
         self.last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
-        self.tp_source = parallel_state.get_tensor_model_parallel_src_rank()
         self.device = next(self.model.parameters()).device
         # Megatron's wrapper of 16-bit models would copy the logits to float32: twice their memory for nothing.
         self._output_dtype = {"fp32_output": False} if self.model.config.bf16 else {}
@@ -186,6 +189,9 @@ class Policy:
         """One optimizer update on a mini-batch; adds what it saw to `metrics`."""
         self.optimizer.zero_grad()
         self.model.zero_grad_buffer()
+        if self.config.model.num_experts:
+            router_scale = self._router_loss_scale(batches, loss)
+            self.model.config.moe_grad_scale_func = lambda: router_scale
         reported = self._forward_backward(batches, partial(self._loss_step, loss), forward_only=False)
         updated, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm or 0.0):  # a global norm: all ranks stop here
@@ -197,6 +203,29 @@ class Policy:
             self.scheduler.step(1)
             self.updates += 1
         metrics.add(reported, float(grad_norm or 0.0))
+
+    def _router_loss_scale(self, batches: Sequence[MicroBatch], loss: PolicyLossConfig) -> Tensor:
+        """What makes the router's losses a mean over tokens. Collective over data- and context-parallel ranks.
+
+        Megatron multiplies them by the tokens of their micro-batch, as if all gradients were to be divided by the
+        number of all tokens. They are divided by the policy loss's denominator: response tokens, or responses.
+        """
+        tokens = sum(batch.tokens.numel() for batch in batches)
+        both = torch.stack([self._denominator(batches, loss), torch.tensor(float(tokens), device=self.device)])
+        dist.all_reduce(both, group=self.dp_cp_group)
+        return both[0].clamp(min=1) / both[1]  # Megatron clamps its divisor too
+
+    def _denominator(self, batches: Sequence[MicroBatch], loss: PolicyLossConfig) -> Tensor:
+        """The denominator of `policy_loss`, summed over micro-batches; additive over data- and context-parallel
+        ranks."""
+        if loss.aggregation == "token-mean":
+            return torch.stack([batch.loss_mask.sum() for batch in batches]).sum().float()
+        lengths = [batch.loss_mask.new_zeros(len(batch.cu_seqlens), dtype=torch.float32) for batch in batches]
+        for count, batch in zip(lengths, batches, strict=True):
+            count.index_add_(0, batch.sequence_ids, batch.loss_mask.float())
+        every_length = torch.cat(lengths)
+        dist.all_reduce(every_length, group=self.cp_group)  # a response may have tokens on several ranks
+        return (every_length > 0).sum() / self.cp_group.size()
 
     @property
     def learning_rate(self) -> float:

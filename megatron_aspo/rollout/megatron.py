@@ -148,9 +148,11 @@ class EmbeddedEngine:
             u = None if uniform is None else uniform.gather(1, step.clamp(max=uniform.shape[1] - 1)[:, None])[:, 0]
             chosen, logprob = sample_tokens(logits, temperature, self.config.top_p, u)
             both = torch.stack([chosen.double(), logprob.double()])
-            if both.is_cuda and self.policy.tp_group.size() > 1:
-                # CUDA's cumulative sum need not be the same on two ranks, and one other token would part them for good.
-                dist.broadcast(both, src=self.policy.tp_source, group=self.policy.tp_group)
+            # Rounding need not be the same on two ranks (CUDA's cumulative sum, a token's place among those of an
+            # expert), and one other token would part them for good. Tensor-parallel ranks on CPU do agree.
+            twins = self.policy.twin_group
+            if twins.size() > 1 and (both.is_cuda or self.policy.config.parallel.expert > 1):
+                dist.broadcast(both, src=dist.get_global_rank(twins, 0), group=twins)
         else:
             both = torch.empty(2, len(step), dtype=torch.float64, device=step.device)
         if self.policy.stages > 1:

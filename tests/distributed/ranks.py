@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
@@ -135,8 +134,8 @@ def write_weights(folder: Path, model: ModelConfig) -> None:
 
 def full_gradients(policy: Policy) -> dict[str, Tensor]:
     """Gradients of whole parameters by name, on every rank, after a backward pass and before the optimizer's step."""
-    group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    for buffer in policy.model.buffers:
+    for buffer in policy.model.buffers + policy.model.expert_parallel_buffers:
+        group = buffer.data_parallel_group
         for bucket in buffer.buckets:  # the reduce-scatter left this rank's part valid
             mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
             dist.all_gather_single(bucket.grad_data, mine, group=group)

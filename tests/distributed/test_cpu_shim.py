@@ -27,9 +27,11 @@ CONFIG = SimpleNamespace(
 def patched_things() -> list[Any]:
     import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
     import megatron.core.models.common.embeddings.rope_utils as rope
+    import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as rng
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
-    modules = [torch.cuda, writer, rope, rng]
+    modules = [torch.cuda, writer, rope, rng, mappings, dispatcher]
     return [
         [vars(module).copy() for module in modules],
         torch.Tensor.cuda,

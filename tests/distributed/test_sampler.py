@@ -49,9 +49,10 @@ def generate(
     weights: Path,
     parallel: ParallelConfig,
     calls: Sequence[tuple[RolloutConfig, list[Prompt], int, float, int]],
+    **sections: Any,
 ) -> list[list[Sample]]:
     """The samples of each call: (configuration, prompts, responses per prompt, temperature, seed)."""
-    config = run_config(parallel)
+    config = run_config(parallel, **sections)
     with distributed(config):
         policy = Policy(config, VOCAB)
         checkpoint.load_weights(weights / "current", policy)

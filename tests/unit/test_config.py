@@ -176,28 +176,37 @@ def test_truncated_sampling_warning(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "context", "ranks", "fits"),
+    ("tensor", "pipeline", "context", "expert", "size", "ranks", "fits"),
     [
-        (1, 1, 1, 1, True),
-        (1, 1, 1, 3, True),
-        (2, 2, 1, 4, True),
-        (2, 2, 1, 8, True),
-        (2, 1, 1, 1, False),
-        (2, 2, 1, 6, False),
-        (1, 1, 3, 6, True),
-        (2, 1, 2, 4, True),
-        (2, 1, 2, 6, False),
+        (1, 1, 1, 1, 1, 1, True),
+        (1, 1, 1, 1, 1, 3, True),
+        (2, 2, 1, 1, 4, 4, True),
+        (2, 2, 1, 1, 4, 8, True),
+        (2, 1, 1, 1, 2, 1, False),
+        (2, 2, 1, 1, 4, 6, False),
+        (1, 1, 3, 1, 3, 6, True),
+        (2, 1, 2, 1, 4, 4, True),
+        (2, 1, 2, 1, 4, 6, False),
+        (1, 1, 1, 2, 2, 4, True),
+        (1, 2, 2, 2, 4, 4, True),
+        (1, 2, 2, 2, 4, 6, False),
+        (1, 1, 2, 4, 4, 2, False),
     ],
 )
-def test_world_size(path: Path, tensor: int, pipeline: int, context: int, ranks: int, fits: bool) -> None:
-    layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.context={context}"]
-    config = load_config(path, layout)
-    size = tensor * pipeline * context
+def test_world_size(
+    path: Path, tensor: int, pipeline: int, context: int, expert: int, size: int, ranks: int, fits: bool
+) -> None:
+    layout = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
+    overrides = [f"parallel.{name}={value}" for name, value in layout.items()]
+    config = load_config(path, [*overrides, *(["model.num_experts=4"] if expert > 1 else [])])
     assert config.parallel.model_parallel_size == size
     if fits:
         check_world_size(config, ranks)
         return
-    with pytest.raises(UserError, match=rf"{ranks} rank.*tensor={tensor} .*context={context}; .*multiple of {size}"):
+    with pytest.raises(
+        UserError,
+        match=rf"{ranks} rank.*tensor={tensor} .*context={context} with parallel.expert={expert}; .*multiple of {size}",
+    ):
         check_world_size(config, ranks)
 
 
