@@ -103,6 +103,8 @@ def fused_linear_policy_loss(
         sequence_ids=sequence_ids,
     )
     validation.check_token_ids(targets.reshape(-1), head.vocabulary, data.mask)
+    if not isinstance(loss_scale, Tensor):  # on a GPU looking would wait for it
+        validation.check_positive(loss_scale=loss_scale)
 
     with_grad = torch.is_grad_enabled()
     with torch.no_grad():

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_aspo.config import PolicyLossConfig
+from megatron_aspo.loss import validation
 from megatron_aspo.loss.fused_linear import fused_linear_logprobs, fused_linear_policy_loss
 from megatron_aspo.loss.logprobs import vocab_parallel_logprobs
 from megatron_aspo.loss.reduction import policy_loss
+from megatron_aspo.loss.tokens import check_inputs
 from megatron_aspo.types import LossOutput
 
 LossTuple = tuple[Tensor, Tensor, dict[str, Any]]
@@ -47,6 +49,19 @@ def megatron_loss_func(
         targets, advantages, loss_mask, old_logprobs, ...: [...], as in `policy_loss`; a micro-batch may be empty.
         tp_group, temperature, vocab_size: as in `vocab_parallel_logprobs`.
     """
+    # All of it before the log-probs' collective.
+    validation.check_shapes(logits.shape[:-1], "that of logits without the vocabulary", targets=targets)
+    check_inputs(
+        targets.shape,
+        config,
+        cp_group,
+        loss_mask=loss_mask,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        sequence_ids=sequence_ids,
+    )
     logprobs, entropy = vocab_parallel_logprobs(
         logits, targets, tp_group, temperature=temperature, vocab_size=vocab_size, loss_mask=loss_mask
     )

@@ -30,6 +30,43 @@ from megatron_aspo.loss.responses import Responses
 from megatron_aspo.types import LossOutput
 
 
+def check_inputs(
+    shape: Sequence[int],
+    config: PolicyLossConfig,
+    cp_group: dist.ProcessGroup | None,
+    *,
+    loss_mask: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    sequence_ids: Tensor | None,
+) -> None:
+    """Shapes, types, the group, and whether all is there that the configuration needs."""
+    floats = {
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "ref_logprobs": ref_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+    }
+    validation.check_shapes(shape, "one per token", **floats, loss_mask=loss_mask, sequence_ids=sequence_ids)
+    validation.check_floating(**floats)
+    validation.check_integers(sequence_ids=sequence_ids)
+    validation.check_group("cp_group", cp_group)
+    needs = {
+        "ref_logprobs": (config.kl_coef != 0, "kl_coef"),
+        "rollout_logprobs": (config.uses_rollout_logprobs, "rollout_correction, rollout_sequence_*, rollout_veto"),
+        "old_logprobs": (config.uses_rollout_logprobs, "rollout_correction, rollout_sequence_*, rollout_veto"),
+    }
+    for name, (needed, fields_) in needs.items():
+        if needed and floats[name] is None:
+            raise ValueError(f"{name} is missing, but the configuration needs it ({fields_})")
+    if config.aggregation == "seq-mean-token-sum-norm" and config.norm_length is None:
+        raise ValueError(
+            "norm_length is missing: seq-mean-token-sum-norm divides by it; set the longest response's length"
+        )
+
+
 @dataclass(frozen=True)
 class TokenData:
     """What a caller gives per token, flat [N], detached, and 0 where masked."""
@@ -62,28 +99,17 @@ class TokenData:
             shape: that of all tensors, [..., T].
             dtype: of the arithmetic.
         """
-        floats = {
-            "old_logprobs": old_logprobs,
-            "advantages": advantages,
-            "ref_logprobs": ref_logprobs,
-            "rollout_logprobs": rollout_logprobs,
-        }
-        validation.check_shapes(shape, "one per token", **floats, loss_mask=loss_mask, sequence_ids=sequence_ids)
-        validation.check_floating(**floats)
-        validation.check_integers(sequence_ids=sequence_ids)
-        validation.check_group("cp_group", cp_group)
-        needs = {
-            "ref_logprobs": (config.kl_coef != 0, "kl_coef"),
-            "rollout_logprobs": (config.uses_rollout_logprobs, "rollout_correction, rollout_sequence_*, rollout_veto"),
-            "old_logprobs": (config.uses_rollout_logprobs, "rollout_correction, rollout_sequence_*, rollout_veto"),
-        }
-        for name, (needed, fields_) in needs.items():
-            if needed and floats[name] is None:
-                raise ValueError(f"{name} is missing, but the configuration needs it ({fields_})")
-        if config.aggregation == "seq-mean-token-sum-norm" and config.norm_length is None:
-            raise ValueError(
-                "norm_length is missing: seq-mean-token-sum-norm divides by it; set the longest response's length"
-            )
+        check_inputs(
+            shape,
+            config,
+            cp_group,
+            loss_mask=loss_mask,
+            advantages=advantages,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            rollout_logprobs=rollout_logprobs,
+            sequence_ids=sequence_ids,
+        )
         mask = (loss_mask != 0).reshape(-1)
         in_one_piece = cp_group is None or dist.get_world_size(cp_group) == 1
         validation.check_some_token(mask, allow_empty or not in_one_piece)
