@@ -126,7 +126,7 @@ class ModelConfig:
         moe_top_k: experts that each token goes to.
         moe_ffn_hidden_size: of one expert; null takes ffn_hidden_size.
         moe_aux_loss_coef, moe_z_loss_coef: coefficients of the router's load-balancing loss and z-loss, which are
-            means over all tokens of an update, prompts included. They do not depend on `loss`.
+            means over all tokens of an update, prompts and padding included. They do not depend on `loss`.
     """
 
     num_layers: int = 2

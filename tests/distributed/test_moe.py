@@ -115,7 +115,8 @@ def gradients_of_updates(weights: Path, parallel: ParallelConfig) -> dict[str, d
 
 
 def plain_gradients(weights: Path, model: ModelConfig) -> dict[str, Tensor]:
-    """Those of the router losses' definition: means over all tokens, prompts included, summed over layers."""
+    """Those of the router losses' definition: means over all tokens, prompts included, summed over layers; a
+    micro-batch's load-balancing loss counts as often as it has tokens."""
     config = config_of_rows(ParallelConfig(), model)
     with distributed(config):
         policy = Policy(config, VOCAB)

@@ -118,6 +118,22 @@ def test_updates_go_on_as_if_nothing_had_happened(
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
 
+def rates_with_another_one(root: Path, parallel: ParallelConfig) -> list[float]:
+    config = learning_config(parallel)
+    config = replace(config, optimizer=replace(config.optimizer, lr=3e-3, weight_decay=0.2))
+    with distributed(config):
+        policy = Policy(config, VOCAB)
+        checkpoint.load(root / "step_000007", policy)
+        group = policy.optimizer.param_groups[0]
+        return [policy.learning_rate, group["max_lr"], group["weight_decay"]]
+
+
+def test_the_learning_rate_is_the_configurations(saved: dict[str, tuple[Path, Any]]) -> None:
+    ranks, parallel = LAYOUTS["tp2"]
+    # The third update's of a warm-up of six.
+    assert run(ranks, rates_with_another_one, saved["tp2"][0], parallel)[0] == pytest.approx([1.5e-3, 3e-3, 0.2])
+
+
 def test_a_checkpoint_before_the_first_update(weights: Path, tmp_path: Path) -> None:
     _, parallel = LAYOUTS["tp2"]
     expected = run(2, save_and_go_on, weights, tmp_path, parallel, 0)
