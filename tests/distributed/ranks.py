@@ -5,12 +5,13 @@ Importing takes a rank about ten seconds, forking none; so each test has a world
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,22 +65,43 @@ def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: floa
     Raises:
         AssertionError: with the rank's traceback and output, if one failed or did not end in time.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (world_size, _free_port(), Path(folder), function, args)
-        processes = [_context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world_size)]
-        for process in processes:
-            process.start()
-        try:
-            deadline = time.monotonic() + timeout
-            while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
-                assert time.monotonic() < deadline, f"no result after {timeout} s\n{_outputs(folder)}"
-                time.sleep(0.02)
-            assert not any(p.exitcode for p in processes), _outputs(folder)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+    with tempfile.TemporaryDirectory() as folder, _world(world_size, Path(folder), function, args) as processes:
+        deadline = time.monotonic() + timeout
+        while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+            assert time.monotonic() < deadline, f"no result after {timeout} s\n{_outputs(folder)}"
+            time.sleep(0.02)
+        assert not any(p.exitcode for p in processes), _outputs(folder)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def ends(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240
+) -> list[tuple[int | None, str]]:
+    """(exit code, output) of each rank of a new world, when all have ended by themselves.
+
+    Raises:
+        AssertionError: with the ranks' output, if one did not end in time.
+    """
+    with tempfile.TemporaryDirectory() as folder, _world(world_size, Path(folder), function, args) as processes:
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0, deadline - time.monotonic()))
+        assert not any(p.is_alive() for p in processes), f"no end after {timeout} s\n{_outputs(folder)}"
+        return [(p.exitcode, (Path(folder) / f"{rank}.txt").read_text()) for rank, p in enumerate(processes)]
+
+
+@contextlib.contextmanager
+def _world(world_size: int, folder: Path, function: Callable[..., Any], args: Any) -> Iterator[list[Any]]:
+    arguments = (world_size, _free_port(), folder, function, args)
+    processes = [_context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _rank(rank: int, world_size: int, port: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
