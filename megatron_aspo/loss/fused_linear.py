@@ -102,6 +102,8 @@ def fused_linear_policy_loss(
         rollout_logprobs=rollout_logprobs,
         sequence_ids=sequence_ids,
     )
+    if response_terms is not None:
+        response_terms.check(config, targets.numel())
     validation.check_token_ids(targets.reshape(-1), head.vocabulary, data.mask)
     if not isinstance(loss_scale, Tensor):  # on a GPU looking would wait for it
         validation.check_positive(loss_scale=loss_scale)

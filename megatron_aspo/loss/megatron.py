@@ -157,6 +157,9 @@ def _sequence_first(context: Any) -> dict[str, Any]:
     if "config" in arguments and arguments.get("sequence_ids") is None:
         targets = arguments["targets"]
         arguments["sequence_ids"] = torch.arange(targets.shape[0], device=targets.device)[:, None].expand_as(targets)
+    if arguments.get("response_terms") is not None:
+        arguments["response_terms"].check(arguments["config"], arguments["targets"].numel())
+        arguments["response_terms"] = arguments["response_terms"].transposed(*arguments["targets"].shape)
     return {
         name: value.transpose(0, 1) if isinstance(value, Tensor) and value.dim() == 2 else value
         for name, value in arguments.items()

@@ -80,6 +80,8 @@ def policy_loss(
     )
     if response_terms is None:
         response_terms = ResponseTerms.of(data, config, cp_group, now, entropy_now)
+    else:
+        response_terms.check(config, now.numel())
     loss = PreparedLoss.of(data, config, response_terms)
     output = loss.output(now, entropy_now, logprobs.shape)
     grads = loss.tokens.gradients(now, entropy_now, config)
@@ -109,6 +111,8 @@ def response_terms_of(
     for tensors in micro_batches:
         if tensors.get("sequence_ids") is None:
             raise ValueError("sequence_ids is missing in a micro-batch: it tells responses apart across micro-batches")
+    if len({tensors.get("old_logprobs") is None for tensors in micro_batches}) > 1:
+        raise ValueError("old_logprobs is missing in some of the micro-batches only")
     parts = [
         _token_data(logprobs, config, cp_group, True, entropy, **tensors)
         for logprobs, entropy, tensors in map(_without_policy, micro_batches)

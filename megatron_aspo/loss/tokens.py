@@ -260,6 +260,23 @@ class ResponseTerms:
     entropy_limit: Tensor | None = None
     dropped: Tensor | None = None
 
+    def check(self, config: PolicyLossConfig, tokens: int) -> None:
+        """Refuse what was made for another configuration or for other tokens."""
+        by_response = config.aggregation != "token-mean"
+        needs = {
+            "count": by_response,
+            "lengths": by_response,
+            "sequence_ratio": config.objective in ("gspo", "response_mean_is"),
+            "entropy_limit": config.entropy_quantile is not None,
+            "dropped": config.drops_responses,
+        }
+        for name, needed in needs.items():
+            values: Tensor | None = getattr(self, name)
+            if needed and values is None:
+                raise ValueError(f"response_terms was made for another configuration: it has no {name}")
+            if values is not None and name != "count" and values.numel() != tokens:
+                raise ValueError(f"response_terms speaks of {values.numel()} tokens, these are {tokens}")
+
     def split(self, sizes: Sequence[int]) -> list[ResponseTerms]:
         """Of consecutive parts of the tokens; all responses are counted with the first."""
         names = ("lengths", "sequence_ratio", "entropy_limit", "dropped")
@@ -269,6 +286,14 @@ class ResponseTerms:
             self.count if self.count is None or i == 0 else torch.zeros_like(self.count) for i in range(len(sizes))
         ]
         return [ResponseTerms(counts[i], **{name: pieces[name][i] for name in names}) for i in range(len(sizes))]
+
+    def transposed(self, rows: int, columns: int) -> ResponseTerms:
+        """Of tokens [rows, columns], for the same tokens as [columns, rows]."""
+        names = ("lengths", "sequence_ratio", "entropy_limit", "dropped")
+        values = {name: getattr(self, name) for name in names}
+        return ResponseTerms(
+            self.count, **{n: None if v is None else v.view(rows, columns).t().reshape(-1) for n, v in values.items()}
+        )
 
     @staticmethod
     def of(

@@ -20,8 +20,10 @@ from megatron_aspo.loss import (
     megatron_loss_func,
     megatron_loss_head,
     policy_loss,
+    response_terms_of,
     vocab_parallel_logprobs,
 )
+from megatron_aspo.loss.tokens import ResponseTerms
 
 T, H, V = 4, 3, 6
 
@@ -78,6 +80,7 @@ FUSED = ("fused_linear_policy_loss", "fused_linear_logprobs", "megatron_loss_hea
 OF_HIDDEN = ("fused_linear_policy_loss", "fused_linear_logprobs")
 OF_LOGITS = ("vocab_parallel_logprobs", "megatron_loss_func")
 HEADS = ("megatron_loss_head", "megatron_logprobs_head")
+WITH_TERMS = ("fused_linear_policy_loss", "policy_loss", "megatron_loss_head")
 ALL = tuple(FUNCTIONS)
 
 Case = tuple[tuple[str, ...], dict[str, Any], str]
@@ -152,6 +155,25 @@ CASES: list[Case] = [
     ),
     (LOSSES, {"config": PolicyLossConfig(aggregation="seq-mean-token-sum-norm")}, "norm_length is missing"),
     (("fused_linear_policy_loss", "policy_loss"), {"loss_mask": 0 * ONES}, "loss_mask selects no token"),
+    # Terms of responses across micro-batches, from another configuration or of other tokens.
+    *(
+        (WITH_TERMS, {"response_terms": ResponseTerms(), "config": config_of(**field)}, f"response_terms .* no {name}$")
+        for name, field in (
+            ("sequence_ratio", {"objective": "gspo"}),
+            ("sequence_ratio", {"objective": "response_mean_is"}),
+            ("entropy_limit", {"entropy_quantile": 0.5}),
+            ("dropped", {"rollout_veto": 0.1}),
+            ("count", {"aggregation": "seq-mean-token-sum"}),
+        )
+    ),
+    *(
+        (
+            WITH_TERMS,
+            {"response_terms": ResponseTerms(sequence_ratio=torch.ones(n)), "config": config_of(objective="gspo")},
+            f"response_terms speaks of {n} tokens, these are 8",
+        )
+        for n in (1, 7, 9)
+    ),
     # Groups.
     (OF_HIDDEN, {"sequence_parallel": True}, "sequence_parallel=True needs a tp_group"),
     (HEADS, {"output_layer": layer(sequence_parallel=True)}, "sequence_parallel=True needs a tp_group"),
@@ -180,6 +202,21 @@ def test_refuses(name: str, changes: dict[str, Any], message: str) -> None:
     function, inputs = FUNCTIONS[name]
     with pytest.raises(ValueError, match=message):
         function(**inputs | changes)
+
+
+def test_response_terms_of_refuses() -> None:
+    inputs = {"logprobs": -ONES, "entropy": ONES} | PER_TOKEN
+    assert len(response_terms_of([inputs, inputs], config_of(objective="gspo"))) == 2
+    for changes, message in (
+        ({"sequence_ids": None}, "sequence_ids is missing in a micro-batch"),
+        ({"logprobs": None}, "logprobs is missing in a micro-batch"),
+        ({"old_logprobs": None}, "old_logprobs is missing in some of the micro-batches only"),
+        ({"advantages": ONES.long()}, "advantages must be floating point"),
+        ({"loss_mask": ONES[:1]}, "loss_mask has shape"),
+        ({"entropy": ONES[:1]}, "entropy has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            response_terms_of([inputs, inputs | changes], config_of(objective="gspo"))
 
 
 # --- With groups: nothing may have been sent when the error comes ---

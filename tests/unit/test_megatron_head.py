@@ -16,6 +16,7 @@ from megatron_aspo.loss import (
     megatron_loss_head,
     megatron_loss_tuple,
     policy_loss,
+    response_terms_of,
     vocab_parallel_logprobs,
 )
 
@@ -149,6 +150,25 @@ def test_rows_are_responses_unless_ids_say_otherwise(config: PolicyLossConfig) -
     assert packed.denominator.item() == right.denominator.item()
     if config.aggregation == "seq-mean-token-mean":
         assert (default.denominator.item(), packed.denominator.item()) == (2, 3)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.objective}-{c.aggregation}-{c.kl_coef}")
+def test_terms_of_responses_are_in_the_order_of_the_other_inputs(config: PolicyLossConfig) -> None:
+    """Two micro-batches that share the responses of ids 1 and 2, each [batch, sequence]."""
+    halves = [make_batch(), make_batch()]
+    halves[1]["advantages"] = halves[1]["advantages"].flip(0)
+    ids = torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 2, 0], [3, 3, 3, 3, 3]]), torch.tensor([[1] * S, [4] * S, [2] * S])
+    policy = expected(Model(), halves[0], PolicyLossConfig())
+    for half, own in zip(halves, ids, strict=True):
+        half["sequence_ids"] = own
+    known = {"logprobs": policy.logprobs, "entropy": policy.entropy}
+    tensors = [{n: v for n, v in half.items() if n != "targets"} | known for half in halves]
+    terms = response_terms_of(tensors, config)
+    for half, own in zip(halves, terms, strict=True):
+        out = Model()(megatron_loss_head, half | {"config": config, "temperature": 0.8, "response_terms": own})
+        right = expected(Model(), half, config, response_terms=own)
+        assert out.loss_sum.item() == pytest.approx(right.loss_sum.item(), rel=1e-11)
+        assert out.denominator.item() == right.denominator.item()
 
 
 def test_a_packed_stream_is_one_row() -> None:
