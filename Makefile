@@ -36,5 +36,5 @@ lock: ## resolve pyproject.toml into requirements.txt, with hashes
 	  --custom-compile-command "make lock" --output-file requirements.txt $(ARGS)
 
 clean: ## remove what the other targets made here; results of training stay
-	rm -rf .venv .cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .cache .hypothesis .pytest_cache .ruff_cache build dist
 	find megatron_aspo tests -name __pycache__ -prune -exec rm -rf {} +

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from ranks import run, run_config
-from test_vocab_parallel import Watch, shard, tensor_group
+from test_vocab_parallel import shard, tensor_group
 from torch import Tensor
+from watch import Watch
 
 from megatron_aspo.distributed import distributed
 from megatron_aspo.loss import vocab_parallel_logprobs

@@ -131,7 +131,7 @@ def test_top_p_is_of_the_mass_that_top_k_left() -> None:
 @pytest.mark.parametrize("top_k", [2, 3, 4, 1000])
 def test_a_limit_that_nothing_reaches_does_not_undo_the_other(top_k: int, top_p: float) -> None:
     """Probabilities may add up to less than a p near 1, and k may exceed the vocabulary."""
-    for seed in range(20):
+    for seed in range(6):
         compare(random_logits(3, 30, "normal", seed, torch.float32), torch.arange(3), 1.0, top_k, top_p)
     found = logprobs_of([5.0, 4.0, -3.0], top_k=top_k, top_p=top_p)
     assert math.isinf(found[1]) == (top_p == 0.5)
