@@ -89,7 +89,7 @@ class LossOutput:
         denominator: scalar; tokens or responses, as the aggregation says.
         metrics: name -> (sum, count), detached scalars; their quotient is the mean after summing over ranks.
         maxima: name -> detached scalar, to be reduced by maximum.
-        logprobs, entropy: [..., T] per token, detached; nats.
+        logprobs, entropy: [..., T] per token, detached, 0 where masked; nats.
     """
 
     loss_sum: Tensor

@@ -55,11 +55,12 @@ def fused_linear_policy_loss(
 ) -> LossOutput:
     """`policy_loss` of softmax(hidden @ weight.T / temperature), without the logits.
 
-    Equal to `policy_loss` on `vocab_parallel_logprobs` of the logits. Its memory beyond inputs and their gradients is
-    one chunk of logits in the weight's type (on a GPU one in float32 and one in the weight's type), however many
-    tokens there are. The gradients are made now if gradients are enabled; what they cost besides is a float32 gradient
-    of the weight, unless the weight has a float32 `main_grad` (Megatron's gradient buffer): it is then added
-    there, **during this call**, multiplied by `loss_scale`, and backward must be called with exactly that gradient.
+    Equal to `policy_loss` on `vocab_parallel_logprobs` of the logits. Masked tokens cost nothing. Its memory beyond
+    inputs and their gradients is one chunk of logits in the weight's type (on a GPU one in float32 and one in the
+    weight's type), however many tokens there are. The gradients are made now if gradients are enabled; what they
+    cost besides is a float32 gradient of the weight, unless the weight has a float32 `main_grad` (Megatron's
+    gradient buffer): it is then added there, **during this call**, multiplied by `loss_scale`, and backward must be
+    called with exactly that gradient.
     gspo, response_mean_is and `entropy_quantile` need log-probs of whole responses: without `response_terms` they
     take a first sweep for them, and so a fourth GEMM.
 
@@ -71,7 +72,7 @@ def fused_linear_policy_loss(
         hidden: [..., H]; with `sequence_parallel` this rank's 1/tp of the first dimension.
         weight: [V/tp, H], of hidden's type; rank k holds the rows of tokens [k V/tp, (k+1) V/tp).
         targets: [...] global token ids, of hidden's shape without H (with `sequence_parallel` the first dimension
-            times tp). Masked slots may hold anything.
+            times tp). Masked slots may hold anything, and so may `hidden` there.
         old_logprobs, advantages, loss_mask, ref_logprobs, rollout_logprobs, sequence_ids, cp_group, response_terms,
             allow_empty: as in `policy_loss`, of the shape of `targets`.
         tp_group: the tensor-parallel group, or None when the vocabulary is whole.
@@ -83,7 +84,8 @@ def fused_linear_policy_loss(
             needed with `main_grad`, and by float16, whose gradients it keeps from underflowing.
 
     Returns:
-        LossOutput: mean loss = `loss_sum / denominator`; `logprobs` and `entropy` have the shape of `targets`.
+        LossOutput: mean loss = `loss_sum / denominator`; `logprobs` and `entropy` have the shape of `targets`, and
+            are 0 where masked.
 
     Raises:
         ValueError: shapes, types, ids, groups or numbers do not fit; before any collective.
@@ -110,39 +112,38 @@ def fused_linear_policy_loss(
 
     with_grad = torch.is_grad_enabled()
     with torch.no_grad():
-        states = head.all_states(hidden)
+        states = _States.of(head.all_states(hidden), data.mask)
         grads = _Gradients.wanted(hidden, weight, states, loss_scale) if with_grad else None
-        local = head.local_targets(targets.reshape(-1).masked_fill(~data.mask, 0))
-        logprobs, entropy, log_normalizer = (
-            torch.empty(local.shape, dtype=head.dtype, device=hidden.device) for _ in range(3)
-        )
+        local = head.local_targets(states.pick(targets.reshape(-1)))
+        stats = _Statistics.empty(len(states), head.dtype, hidden.device)
         one_sweep = response_terms is not None or not needs_all_logprobs(config)
         if not one_sweep:
-            head.first_sweep(states, local, log_normalizer, entropy, logprobs)
+            head.first_sweep(states, local, stats)
         if response_terms is None:
-            response_terms = ResponseTerms.of(data, config, cp_group, logprobs, entropy)
+            known = (None, None) if one_sweep else (states.spread(stats.logprobs), states.spread(stats.entropy))
+            response_terms = ResponseTerms.of(data, config, cp_group, *known)
         loss = PreparedLoss.of(data, config, response_terms)
+        tokens = loss.tokens if states.chosen is None else loss.tokens[states.chosen]
         if one_sweep or grads:
             for chunk, logits in head.sweep(states):
                 if one_sweep:
-                    stats = softmax.statistics(logits, local[chunk], temperature)
-                    merged = softmax.merge(softmax.gather(stats, tp_group))
-                    log_normalizer[chunk], entropy[chunk], logprobs[chunk] = merged
+                    stats.fill(chunk, softmax.statistics(logits, local[chunk], temperature), tp_group)
                 if grads:
-                    by_logprob, by_entropy = loss.tokens[chunk].gradients(logprobs[chunk], entropy[chunk], config)
+                    entropy = stats.entropy[chunk]
+                    by_logprob, by_entropy = tokens[chunk].gradients(stats.logprobs[chunk], entropy, config)
                     softmax_grad = softmax.gradient(
                         logits,
                         local[chunk],
-                        log_normalizer[chunk],
+                        stats.log_normalizer[chunk],
                         by_logprob * loss_scale,
                         head.gradient_buffer(logits),
                         temperature,
                         None,
-                        None if by_entropy is None else entropy[chunk],
+                        None if by_entropy is None else entropy,
                         None if by_entropy is None else by_entropy * loss_scale,
                     )
                     grads.add(softmax_grad, states, chunk, head)
-        output = loss.output(logprobs, entropy, targets.shape)
+        output = loss.output(states.spread(stats.logprobs), states.spread(stats.entropy), targets.shape)
     if not grads:
         return output
     loss_sum = _WithGradients.apply(output.loss_sum, hidden, weight, grads, tp_group, sequence_parallel)
@@ -166,26 +167,77 @@ def fused_linear_logprobs(
     policies. One collective over `tp_group` (and the gathering of sequence-parallel states).
 
     Args:
-        loss_mask: [...]; where it is 0, targets may hold anything, and what is returned there means nothing.
+        loss_mask: [...]; where it is 0 nothing is computed: 0 is returned, and hidden and targets may hold anything.
         hidden, weight, targets, ...: as in `fused_linear_policy_loss`.
 
     Returns:
-        logprobs, entropy: float32 (float64 for float64), of the shape of `targets`.
+        logprobs, entropy: float32 (float64 for float64), of the shape of `targets`, 0 where masked.
 
     Raises:
         ValueError: as `fused_linear_policy_loss`.
     """
     head = _Head.of(hidden, weight, targets, tp_group, sequence_parallel, chunk_size, temperature, vocab_size)
     validation.check_shapes(targets.shape, "that of targets", loss_mask=loss_mask)
-    if loss_mask is not None:
-        targets = targets.masked_fill(loss_mask == 0, 0)
-    validation.check_token_ids(targets, head.vocabulary)
-    local = head.local_targets(targets.reshape(-1))
-    log_normalizer, entropy, logprobs = (
-        torch.empty(local.shape, dtype=head.dtype, device=hidden.device) for _ in range(3)
-    )
-    head.first_sweep(head.all_states(hidden), local, log_normalizer, entropy, logprobs)
-    return logprobs.view(targets.shape), entropy.view(targets.shape)
+    mask = torch.ones_like(targets, dtype=torch.bool) if loss_mask is None else loss_mask != 0
+    validation.check_token_ids(targets, head.vocabulary, mask)
+    states = _States.of(head.all_states(hidden), mask.reshape(-1))
+    stats = _Statistics.empty(len(states), head.dtype, hidden.device)
+    head.first_sweep(states, head.local_targets(states.pick(targets.reshape(-1))), stats)
+    return states.spread(stats.logprobs).view(targets.shape), states.spread(stats.entropy).view(targets.shape)
+
+
+@dataclass(frozen=True)
+class _States:
+    """The hidden states of the n tokens that count: nothing is computed for masked ones.
+
+    Attributes:
+        all: [T, H].
+        chosen: [n] positions, the same on all tensor-parallel ranks; None if all T count.
+    """
+
+    all: Tensor
+    chosen: Tensor | None
+
+    @staticmethod
+    def of(states: Tensor, mask: Tensor) -> _States:
+        chosen = mask.nonzero()[:, 0]
+        return _States(states, None if chosen.numel() == mask.numel() else chosen)
+
+    def __len__(self) -> int:
+        return self.all.shape[0] if self.chosen is None else self.chosen.numel()
+
+    def __getitem__(self, chunk: slice) -> Tensor:
+        """[rows, H]"""
+        return self.all[chunk] if self.chosen is None else self.all[self.chosen[chunk]]
+
+    def pick(self, values: Tensor) -> Tensor:
+        """[T] -> [n]"""
+        return values if self.chosen is None else values[self.chosen]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[n] -> [T], 0 where masked."""
+        if self.chosen is None:
+            return values
+        return values.new_zeros(self.all.shape[0]).index_copy_(0, self.chosen, values)
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Of each token that counts, [n]."""
+
+    log_normalizer: Tensor
+    entropy: Tensor
+    logprobs: Tensor
+
+    @staticmethod
+    def empty(count: int, dtype: torch.dtype, device: torch.device) -> _Statistics:
+        return _Statistics(*torch.empty(3, count, dtype=dtype, device=device).unbind())
+
+    def fill(self, chunk: slice, stats: Tensor, tp_group: dist.ProcessGroup | None) -> None:
+        """From a chunk's statistics of this rank's shard: the one collective."""
+        merged = softmax.merge(softmax.gather(stats, tp_group))
+        for mine, values in zip((self.log_normalizer, self.entropy, self.logprobs), merged, strict=True):
+            mine[chunk] = values
 
 
 @dataclass(frozen=True)
@@ -259,39 +311,35 @@ class _Head:
     def local_targets(self, targets: Tensor) -> Tensor:
         return softmax.local_targets(targets, self.weight.shape[0], self.shard, self.tp_group)
 
-    def sweep(self, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(chunk, its logits [n, columns]); the logits are valid until the next one, and free to be overwritten.
+    def sweep(self, states: _States) -> Iterator[tuple[slice, Tensor]]:
+        """(chunk, its logits [rows, columns]); the logits are valid until the next one, and free to be overwritten.
 
         On CUDA the GEMM's float32 sums are kept as they are; elsewhere they come in the weight's type.
         """
-        tokens = states.shape[0]
+        tokens, weight = len(states), self.weight
         # Chunks of one size: a small last one would waste its GEMMs.
         rows = -(-tokens // -(-tokens // self.chunk_size)) if tokens else 0
-        keep_sums = states.is_cuda and states.dtype != self.dtype
-        buffer = states.new_empty(rows, self.weight.shape[0], dtype=self.dtype if keep_sums else states.dtype)
+        keep_sums = weight.is_cuda and weight.dtype != self.dtype
+        buffer = weight.new_empty(rows, weight.shape[0], dtype=self.dtype if keep_sums else weight.dtype)
         for start in range(0, tokens, rows or 1):
             chunk = slice(start, min(start + rows, tokens))
             logits = buffer[: chunk.stop - start]
             if keep_sums:
-                torch.mm(states[chunk], self.weight.t(), out_dtype=self.dtype, out=logits)
+                torch.mm(states[chunk], weight.t(), out_dtype=self.dtype, out=logits)
             else:
-                torch.mm(states[chunk], self.weight.t(), out=logits)
+                torch.mm(states[chunk], weight.t(), out=logits)
             yield chunk, logits
 
     def gradient_buffer(self, logits: Tensor) -> Tensor:
         """Where the logits' gradient goes, in the weight's type: over the logits if they have it."""
         return logits if logits.dtype == self.weight.dtype else torch.empty_like(logits, dtype=self.weight.dtype)
 
-    def first_sweep(
-        self, states: Tensor, local: Tensor, log_normalizer: Tensor, entropy: Tensor, logprobs: Tensor
-    ) -> None:
-        """Fill in the log-probs and what comes with them, with one collective for all chunks."""
-        stats = torch.empty(4, states.shape[0], dtype=self.dtype, device=states.device)
+    def first_sweep(self, states: _States, local: Tensor, stats: _Statistics) -> None:
+        """Fill in the statistics of all tokens, with one collective for all chunks."""
+        mine = torch.empty(4, len(states), dtype=self.dtype, device=self.weight.device)
         for chunk, logits in self.sweep(states):
-            stats[:, chunk] = softmax.statistics(logits, local[chunk], self.temperature)
-        merged = softmax.merge(softmax.gather(stats, self.tp_group))
-        for target, values in zip((log_normalizer, entropy, logprobs), merged, strict=True):
-            target.copy_(values)
+            mine[:, chunk] = softmax.statistics(logits, local[chunk], self.temperature)
+        stats.fill(slice(None), mine, self.tp_group)
 
 
 @dataclass
@@ -310,7 +358,7 @@ class _Gradients:
     loss_scale: float | Tensor
 
     @staticmethod
-    def wanted(hidden: Tensor, weight: Tensor, states: Tensor, loss_scale: float | Tensor) -> _Gradients | None:
+    def wanted(hidden: Tensor, weight: Tensor, states: _States, loss_scale: float | Tensor) -> _Gradients | None:
         """None where no gradient is wanted at all."""
         if not (hidden.requires_grad or weight.requires_grad):
             return None
@@ -321,13 +369,18 @@ class _Gradients:
         buffer = main_grad if in_main_grad else None
         if buffer is None and weight.requires_grad:
             buffer = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        by_states = torch.empty_like(states) if hidden.requires_grad else None
+        by_states = None
+        if hidden.requires_grad:
+            by_states = torch.empty_like(states.all) if states.chosen is None else torch.zeros_like(states.all)
         return _Gradients(by_states, buffer, in_main_grad, loss_scale)
 
-    def add(self, grad_logits: Tensor, states: Tensor, chunk: slice, head: _Head) -> None:
+    def add(self, grad_logits: Tensor, states: _States, chunk: slice, head: _Head) -> None:
         """The two GEMMs of a chunk."""
         if self.states is not None:
-            torch.mm(grad_logits, head.weight, out=self.states[chunk])
+            if states.chosen is None:
+                torch.mm(grad_logits, head.weight, out=self.states[chunk])
+            else:
+                self.states[states.chosen[chunk]] = grad_logits @ head.weight
         if self.weight is not None:
             add_product(self.weight[: head.weight.shape[0]], grad_logits.t(), states[chunk])
 

@@ -175,7 +175,7 @@ class Tokens:
     sequence_ratio: Tensor | None
     entropy_limit: Tensor | None
 
-    def __getitem__(self, chunk: slice) -> Tokens:
+    def __getitem__(self, chunk: slice | Tensor) -> Tokens:
         def cut(column: Tensor | None) -> Any:
             return None if column is None else column[chunk]
 
@@ -411,8 +411,8 @@ class PreparedLoss:
             self.denominator,
             metrics,
             maxima,
-            logprobs.view(*shape),
-            None if entropy is None else entropy.view(*shape),
+            masked.view(*shape),
+            None if entropy is None else torch.where(mask, entropy, 0.0).view(*shape),
         )
 
 

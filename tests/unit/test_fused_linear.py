@@ -333,7 +333,7 @@ def test_logprobs_alone_are_those_of_the_path_through_logits(data: st.DataObject
     found = fused_linear_logprobs(hidden, batch["weight"], batch["targets"], chunk_size=chunk_size, **options)
     assert [values.requires_grad for values in found] == [False, False]
     for one, other in zip(found, right, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(one, other if mask is None else other * (mask != 0), rtol=1e-11, atol=1e-11)
 
 
 # --- What gradients are made, and where they go ---
@@ -360,7 +360,8 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("objective", ["aspo", "gspo"])
 def test_only_wanted_gradients_are_made(objective: str, hidden: bool, weight: bool, per_chunk: int) -> None:
     """Matrix products of three chunks; an objective of whole responses makes the logits twice for a gradient."""
-    batch, config = make_batch((10,)), PolicyLossConfig(objective=objective)  # type: ignore[arg-type]
+    batch, config = make_batch((14,)), PolicyLossConfig(objective=objective)  # type: ignore[arg-type]
+    assert 9 <= batch["loss_mask"].count_nonzero() <= 12  # nothing is computed for the others
     right, right_grads = fused(batch, config, chunk_size=4)
     leaves = leaves_of(batch)
     leaves["hidden"].requires_grad_(hidden)
@@ -382,7 +383,7 @@ def test_only_wanted_gradients_are_made(objective: str, hidden: bool, weight: bo
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_without_gradients_the_value_is_the_same_and_nothing_is_written(objective: str) -> None:
-    batch, config = make_batch((10,)), PolicyLossConfig(objective=objective)  # type: ignore[arg-type]
+    batch, config = make_batch((14,)), PolicyLossConfig(objective=objective)  # type: ignore[arg-type]
     right, _ = fused(batch, config, chunk_size=4)
     leaves = leaves_of(batch)
     main_grad = torch.full_like(batch["weight"], 5.0)
@@ -397,6 +398,18 @@ def test_without_gradients_the_value_is_the_same_and_nothing_is_written(objectiv
     }
     assert main_grad.eq(5).all()
     assert [leaf.grad for leaf in leaves.values()] == [None, None]
+
+
+@pytest.mark.parametrize("objective", ["aspo", "gspo"])
+def test_masked_tokens_cost_nothing_and_their_states_may_be_anything(objective: str) -> None:
+    config = PolicyLossConfig(objective=objective, **EVERYTHING)  # type: ignore[arg-type]
+    batch = make_batch((3, 20)) | {"loss_mask": torch.arange(20).expand(3, 20) % 5 == 0}
+    right = through_logits(batch, config)
+    batch["hidden"] = batch["hidden"].masked_fill(~batch["loss_mask"][..., None], torch.nan)
+    with Products() as products:
+        found = fused(batch, config, chunk_size=6)
+    assert products.count == 2 * (4 if objective == "gspo" or EVERYTHING.get("entropy_quantile") else 3)
+    assert_same(found, right, 1e-10)
 
 
 def test_no_tensor_has_the_size_of_the_logits() -> None:

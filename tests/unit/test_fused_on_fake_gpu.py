@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_aspo.loss import PolicyLossConfig, fused_linear_policy_loss, softmax, validation
+from megatron_aspo.loss import PolicyLossConfig, fused_linear, fused_linear_policy_loss, softmax, validation
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from counting import Count
@@ -26,6 +26,8 @@ def test_a_32b_head_on_a_gpu(main_grad: bool, entropy_coef: float, monkeypatch: 
     monkeypatch.setenv(softmax.KERNELS_VARIABLE, "torch")  # Triton launches nothing without a GPU
     for name in ("check_token_ids", "check_some_token"):  # they look at values
         monkeypatch.setattr(validation, name, lambda *_: None)
+    all_count = staticmethod(lambda states, _: fused_linear._States(states, None))
+    monkeypatch.setattr(fused_linear._States, "of", all_count)
     with FakeTensorMode():
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,5 +47,5 @@ def test_a_32b_head_on_a_gpu(main_grad: bool, entropy_coef: float, monkeypatch: 
         assert out.logprobs.shape == (T,)
         assert out.logprobs.dtype == torch.float32
     inputs_gradients = 2 * T * H + (0 if main_grad else 4 * H * V)
-    # Logits in float32, their gradient in bfloat16, and the tile of the torch reference (two or three of 64 MiB).
-    assert count.peak - inputs_gradients < 6 * CHUNK * V + 4 * 4 * (1 << 24) + 100 * T
+    # Logits in float32, their gradient in bfloat16, and tiles of 64 MiB, which the Triton kernels do without.
+    assert count.peak - inputs_gradients < 6 * CHUNK * V + 6 * 4 * (1 << 24) + 100 * T
