@@ -107,6 +107,8 @@ def head_loss(
     hidden = base
     if batch.tied:
         hidden = base + 0.5 * place.embed(place.part(batch.tokens, batch), weight)
+    if not options.get("sequence_parallel"):
+        hidden = hidden.masked_fill(masked[..., None], torch.nan)
     options = {"chunk_size": 64, "temperature": TEMPERATURE, "vocab_size": VOCAB} | options
     groups = {"tp_group": place.tp_group, "cp_group": place.cp_group}
     return fused_linear_policy_loss(hidden, weight, **data, config=config, **groups, **options)
@@ -197,7 +199,7 @@ def compare(tp: int, cp: int, file: Path) -> list[tuple[Any, Errors, Errors]]:
         squares = {"loss": ((loss_sum - expected.loss_sum) ** 2, expected.size**2)}
         mask = place.part(batch.data["loss_mask"], batch)
         for name, tensor, whole in zip(NAMES, tensors, local(expected, batch), strict=True):
-            a, b = (x[mask] if name == "logprobs" else x for x in (tensor.double(), whole))
+            a, b = (x[mask] if name in ("logprobs", "entropy") else x for x in (tensor.double(), whole))
             squares[name] = float((a - b).square().sum()), float(b.square().sum())
         return squares
 
