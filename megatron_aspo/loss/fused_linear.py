@@ -75,7 +75,7 @@ def fused_linear_policy_loss(
             times tp). Masked slots may hold anything, and so may `hidden` there.
         old_logprobs, advantages, loss_mask, ref_logprobs, rollout_logprobs, sequence_ids, cp_group, response_terms,
             allow_empty: as in `policy_loss`, of the shape of `targets`.
-        tp_group: the tensor-parallel group, or None when the vocabulary is whole.
+        tp_group: the tensor-parallel group, or None when the vocabulary is whole. All its ranks pass the same tokens.
         sequence_parallel: `hidden` is split over `tp_group` along its first dimension.
         chunk_size: tokens worked on at once, at most.
         temperature: that of sampling, so that the trainer's distribution is the sampler's.
@@ -279,7 +279,8 @@ class _Head:
             raise ValueError(f"weight must be [V/tp, {hidden.shape[-1]}] (hidden's last), not {list(weight.shape)}")
         if weight.dtype != hidden.dtype:
             raise ValueError(f"weight is {weight.dtype}, hidden {hidden.dtype}: they must have one type")
-        validation.check_positive(chunk_size=chunk_size, temperature=temperature)
+        validation.check_counts(chunk_size=chunk_size)
+        validation.check_positive(temperature=temperature)
         validation.check_group("tp_group", tp_group)
         ranks = softmax.group_size(tp_group)
         if sequence_parallel and ranks == 1:
@@ -288,10 +289,11 @@ class _Head:
         reason = f"hidden's, its first dimension times {ranks} ranks of tp_group" if sequence_parallel else "hidden's"
         validation.check_shapes(whole, reason, targets=targets)
         shard = weight.shape[0]
+        vocabulary = validation.check_vocab_size(vocab_size, shard, ranks, "weight")
         return _Head(
             weight.detach()[: softmax.real_columns(vocab_size, shard, tp_group)],
             shard,
-            validation.check_vocab_size(vocab_size, shard, ranks, "weight"),
+            vocabulary,
             softmax.statistics_dtype(hidden.dtype),
             tp_group,
             sequence_parallel,
@@ -460,13 +462,23 @@ def _check_scale(grad: Tensor, loss_scale: float | Tensor) -> None:
 def _mark_added(weight: Tensor) -> Tensor | None:
     """Megatron's protocol for a gradient that is in `main_grad` already; what autograd is given instead.
 
-    Its hooks want some gradient of the weight's shape, to be ignored: the weight itself costs nothing. Where the
-    embedding shares the weight (`zero_out_wgrad`), autograd's gradient is added too, so ours must be none.
+    Its hooks want some gradient of the weight's shape, to be ignored and dropped: the weight itself costs nothing.
+    Where the embedding shares the weight (`zero_out_wgrad`), autograd's gradient is added too, so ours must be none.
     """
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010  (an attribute that Megatron hangs on parameters)
-    return None if getattr(weight, "zero_out_wgrad", False) else weight.detach()
+    if getattr(weight, "zero_out_wgrad", False):
+        return None
+
+    def drop_stand_in() -> None:
+        """Without such hooks it would stay, and whoever wrote to the gradient would write to the weight."""
+        if weight.grad is not None and weight.grad.data_ptr() == weight.data_ptr():
+            weight.grad = None
+
+    engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore[reportPrivateUsage]
+    engine.queue_callback(drop_stand_in)  # at the end of the backward pass
+    return weight.detach()
 
 
 def _reduce(grad: Tensor, tp_group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +15,14 @@ from torch import Tensor
 
 def check_positive(**values: float) -> None:
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value} must be > 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} must be > 0 and finite")
+
+
+def check_counts(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value} must be an integer >= 1")
 
 
 def check_group(name: str, group: dist.ProcessGroup | None) -> None:
@@ -57,7 +65,8 @@ def check_vocab_size(vocab_size: int | None, vocab_shard: int, ranks: int, name:
     """The number of tokens that can be targets."""
     if vocab_size is None:
         return vocab_shard * ranks
-    if not 0 < vocab_size <= vocab_shard * ranks:
+    check_counts(vocab_size=vocab_size)
+    if vocab_size > vocab_shard * ranks:
         raise ValueError(
             f"vocab_size={vocab_size} does not fit {name}: {vocab_shard} entries on each of {ranks} ranks of tp_group"
         )

@@ -468,7 +468,8 @@ def test_a_main_grad_that_would_round_is_left_alone(dtype: torch.dtype, main_dty
 
 
 def test_megatron_is_told_that_the_gradient_is_in_main_grad() -> None:
-    """Its hooks want a gradient of the weight's shape, to be ignored; where the embedding shares the weight, none."""
+    """Its hooks want a gradient of the weight's shape, to be ignored; where the embedding shares the weight, none. What
+    they are given does not outlive the backward pass: written to, it would change the weight."""
     batch = make_batch((10,))
     for shared in (False, True):
         leaves = leaves_of(batch)
@@ -477,11 +478,15 @@ def test_megatron_is_told_that_the_gradient_is_in_main_grad() -> None:
         weight.grad_added_to_main_grad = False
         if shared:
             weight.zero_out_wgrad = True
-        fused_linear_policy_loss(**batch | leaves, config=PolicyLossConfig()).loss_sum.backward()
+        seen: list[list[int]] = []
+        weight.register_post_accumulate_grad_hook(lambda leaf, seen=seen: seen.append(list(leaf.grad.shape)))
+        for _ in range(2):
+            fused_linear_policy_loss(**batch | leaves, config=PolicyLossConfig()).loss_sum.backward()
+            assert weight.grad is None
         assert weight.grad_added_to_main_grad is True
-        assert (weight.grad is None) == shared
-        assert shared or weight.grad.shape == weight.shape
-        torch.testing.assert_close(3 * weight.main_grad, fused(batch, PolicyLossConfig())[1]["weight"])
+        assert seen == [] if shared else [list(weight.shape)] * 2
+        assert torch.equal(weight, batch["weight"])
+        torch.testing.assert_close(3 * weight.main_grad, 2 * fused(batch, PolicyLossConfig())[1]["weight"])
 
 
 def test_a_frozen_weight_keeps_its_main_grad() -> None:

@@ -134,12 +134,13 @@ CASES: list[Case] = [
         {"targets": torch.full((2, T), V - 1), "vocab_size": V - 1},
         "targets holds token id 5, outside the vocabulary .0, 5.",
     ),
-    *(((*FUSED, *OF_LOGITS), {"vocab_size": size}, f"vocab_size={size} does not fit") for size in (V + 1, 0, -1)),
+    ((*FUSED, *OF_LOGITS), {"vocab_size": V + 1}, f"vocab_size={V + 1} does not fit"),
+    *(((*FUSED, *OF_LOGITS), {"vocab_size": size}, f"vocab_size={size} must be an integer >= 1") for size in (0, 0.5)),
     # Numbers.
-    *((FUSED, {"chunk_size": size}, f"chunk_size={size} must be > 0") for size in (0, -1)),
+    *((FUSED, {"chunk_size": size}, f"chunk_size={size} must be an integer >= 1") for size in (0, -1, 64.5)),
     *(
         ((*FUSED, *OF_LOGITS), {"temperature": value}, f"temperature={value} must be > 0")
-        for value in (0, 0.0, -1.0, math.nan)
+        for value in (0, 0.0, -1.0, math.nan, math.inf)
     ),
     *((("fused_linear_policy_loss",), {"loss_scale": x}, f"loss_scale={x} must be > 0") for x in (0.0, -2.0, math.nan)),
     (("vocab_parallel_logprobs",), {"top_k": 0}, "top_k=0 must be >= 1"),
