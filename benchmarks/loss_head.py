@@ -32,17 +32,17 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_aspo.loss import PolicyLossConfig, fused_linear_policy_loss, policy_loss, vocab_parallel_logprobs
-from megatron_aspo.loss.fused_linear import add_product
+from megatron_aspo.loss.fused_linear import CHUNK_SIZE, add_product
 
 CASES = [  # T, H, V, tp
     (2048, 2048, 38016, 1),
     (2048, 2048, 76032, 2),
     (4096, 2048, 76032, 2),
     (8192, 2048, 76032, 2),
-    (2048, 1024, 76032, 2),
-    (2048, 2048, 152064, 2),
+    (4096, 1024, 76032, 2),
+    (4096, 2048, 152064, 2),
 ]
-CHUNK = 256
+CHUNK = CHUNK_SIZE
 FLOOR = "floor: the three GEMMs"
 
 
