@@ -3,8 +3,6 @@ that it calls checks its types and shapes, and what it would allocate is counted
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.counting import Count
 from megatron_aspo.loss import PolicyLossConfig, fused_linear, fused_linear_policy_loss, softmax, validation
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from counting import Count
 
 T, H, V, CHUNK = 16384, 5120, 152064 // 8, 2048  # Qwen2.5-32B at TP = 8
 
