@@ -82,8 +82,12 @@ class PolicyLossConfig:
         )
         _require(0 <= self.high_entropy_clip < 1, f"high_entropy_clip={self.high_entropy_clip} must lie in [0, 1)")
         _require(self.sapo_tau_pos > 0 and self.sapo_tau_neg > 0, "sapo_tau_pos and sapo_tau_neg must be > 0")
-        _require(self.kl_coef >= 0, f"kl_coef={self.kl_coef} must be >= 0")
-        _require(self.norm_length is None or self.norm_length > 0, "norm_length must be > 0")
+        _require(0 <= self.kl_coef < math.inf, f"kl_coef={self.kl_coef} must be finite and >= 0")
+        _require(math.isfinite(self.entropy_coef), f"entropy_coef={self.entropy_coef} must be finite")
+        _require(
+            self.norm_length is None or 0 < self.norm_length < math.inf,
+            f"norm_length={self.norm_length} must be finite and > 0",
+        )
         _require(
             0 <= self.rollout_ratio_low < self.rollout_ratio_high < math.inf,
             f"rollout_ratio_low={self.rollout_ratio_low} and rollout_ratio_high={self.rollout_ratio_high} "
@@ -568,7 +572,12 @@ def _check_together(config: RunConfig) -> None:
             f"model.num_layers={model.num_layers} is not a multiple of parallel.pipeline={parallel.pipeline}"
             "; change one of them"
         )
-    if model.num_experts % parallel.expert or (parallel.expert > 1 and not model.num_experts):
+    if parallel.expert > 1 and not model.num_experts:
+        raise UserError(
+            f"parallel.expert={parallel.expert}, but the model has no experts; set parallel.expert=1, or "
+            "model.num_experts"
+        )
+    if model.num_experts % parallel.expert:
         raise UserError(
             f"model.num_experts={model.num_experts} cannot be spread over parallel.expert={parallel.expert} ranks; "
             "make it a multiple"

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_aspo.config import PolicyLossConfig
 from megatron_aspo.loss import softmax, validation
+from megatron_aspo.loss.collectives import all_gather, group_size, reduce_scatter
 from megatron_aspo.loss.tokens import PreparedLoss, ResponseTerms, TokenData, needs_all_logprobs
 from megatron_aspo.types import LossOutput
 
@@ -107,7 +108,9 @@ def fused_linear_policy_loss(
     if response_terms is not None:
         response_terms.check(config, targets.numel())
     validation.check_token_ids(targets.reshape(-1), head.vocabulary, data.mask)
-    if not isinstance(loss_scale, Tensor):  # on a GPU looking would wait for it
+    if isinstance(loss_scale, Tensor):  # on a GPU looking at its value would wait for it
+        validation.check_shapes([1] * loss_scale.dim(), "one number", loss_scale=loss_scale)
+    else:
         validation.check_positive(loss_scale=loss_scale)
 
     with_grad = torch.is_grad_enabled()
@@ -271,6 +274,7 @@ class _Head:
         temperature: float,
         vocab_size: int | None,
     ) -> _Head:
+        validation.check_tensors(hidden=hidden, weight=weight, targets=targets)
         validation.check_floating(hidden=hidden, weight=weight)
         validation.check_integers(targets=targets)
         if hidden.dim() < 2:
@@ -282,7 +286,7 @@ class _Head:
         validation.check_counts(chunk_size=chunk_size)
         validation.check_positive(temperature=temperature)
         validation.check_group("tp_group", tp_group)
-        ranks = softmax.group_size(tp_group)
+        ranks = group_size(tp_group)
         if sequence_parallel and ranks == 1:
             raise ValueError("sequence_parallel=True needs a tp_group of more than one rank")
         whole = [hidden.shape[0] * (ranks if sequence_parallel else 1), *hidden.shape[1:-1]]
@@ -306,9 +310,7 @@ class _Head:
         states = hidden.detach().reshape(-1, hidden.shape[-1])
         if not self.sequence_parallel:
             return states
-        gathered = states.new_empty(states.shape[0] * softmax.group_size(self.tp_group), states.shape[1])
-        dist.all_gather_single(gathered, states.contiguous(), group=self.tp_group)
-        return gathered
+        return all_gather(states, self.tp_group)
 
     def local_targets(self, targets: Tensor) -> Tensor:
         return softmax.local_targets(targets, self.weight.shape[0], self.shard, self.tp_group)
@@ -388,7 +390,7 @@ class _Gradients:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where `total` may be float32 and the factors 16-bit."""
+    """total += a @ b, where `total` may be float32 and the factors 16-bit (then on a CPU the product is, too)."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif total.is_cuda:
@@ -471,9 +473,11 @@ def _mark_added(weight: Tensor) -> Tensor | None:
     if getattr(weight, "zero_out_wgrad", False):
         return None
 
+    had_none = weight.grad is None
+
     def drop_stand_in() -> None:
         """Without such hooks it would stay, and whoever wrote to the gradient would write to the weight."""
-        if weight.grad is not None and weight.grad.data_ptr() == weight.data_ptr():
+        if had_none:
             weight.grad = None
 
     engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore[reportPrivateUsage]
@@ -483,12 +487,10 @@ def _mark_added(weight: Tensor) -> Tensor | None:
 
 def _reduce(grad: Tensor, tp_group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
     """The sum over tensor-parallel ranks: whole, or this rank's part of the sequence."""
-    ranks = softmax.group_size(tp_group)
+    ranks = group_size(tp_group)
     if ranks == 1:
         return grad
     if not sequence_parallel:
         dist.all_reduce(grad, group=tp_group)
         return grad
-    own = grad.new_empty(grad.shape[0] // ranks, grad.shape[1])
-    dist.reduce_scatter_single(own, grad, group=tp_group)
-    return own
+    return reduce_scatter(grad, tp_group)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_aspo.loss import softmax, truncation, validation
+from megatron_aspo.loss.collectives import group_size
 
 
 def vocab_parallel_logprobs(
@@ -56,6 +57,7 @@ def vocab_parallel_logprobs(
     Raises:
         ValueError: shapes, types, ids, the group or a number do not fit; before any collective.
     """
+    validation.check_tensors(logits=logits, targets=targets)
     if not logits.dim():
         raise ValueError("logits must be [..., V/tp], not a scalar")
     validation.check_floating(logits=logits)
@@ -66,7 +68,7 @@ def vocab_parallel_logprobs(
     truncation.check(top_k, top_p)
     validation.check_group("tp_group", tp_group)
     shard = logits.shape[-1]
-    vocabulary = validation.check_vocab_size(vocab_size, shard, softmax.group_size(tp_group), "logits")
+    vocabulary = validation.check_vocab_size(vocab_size, shard, group_size(tp_group), "logits")
     if loss_mask is not None:
         targets = targets.masked_fill(loss_mask == 0, 0)
     validation.check_token_ids(targets, vocabulary)

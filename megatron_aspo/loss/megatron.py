@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_aspo.config import PolicyLossConfig
 from megatron_aspo.loss import validation
+from megatron_aspo.loss.collectives import group_size
 from megatron_aspo.loss.fused_linear import fused_linear_logprobs, fused_linear_policy_loss
 from megatron_aspo.loss.logprobs import vocab_parallel_logprobs
 from megatron_aspo.loss.reduction import policy_loss
@@ -50,6 +51,7 @@ def megatron_loss_func(
         tp_group, temperature, vocab_size: as in `vocab_parallel_logprobs`.
     """
     # All of it before the log-probs' collective.
+    validation.check_tensors(logits=logits, targets=targets)
     validation.check_shapes(logits.shape[:-1], "that of logits without the vocabulary", targets=targets)
     check_inputs(
         targets.shape,
@@ -101,11 +103,12 @@ def megatron_loss_head(
                        output_processor_context={"targets": labels, "old_logprobs": old, ...})
         return output, megatron_loss_tuple
 
-    No logits are made. The gradient of the output weight goes to its `main_grad` during the forward pass.
+    No logits are made. The gradient of the output weight goes to its `main_grad` during the forward pass: evaluate
+    under `torch.no_grad()`.
 
     Args:
         context: the keyword arguments of `fused_linear_policy_loss`, tensors in Megatron's order [batch, sequence];
-            what the model knows (hidden, weight, sequence_parallel, loss_scale) is filled in.
+            what the model knows (hidden, weight, tp_group, sequence_parallel, loss_scale) is filled in.
         hidden_states, output_layer, output_weight, config: as GPTModel hands them over.
     """
     if not config.calculate_per_token_loss:
@@ -114,8 +117,7 @@ def megatron_loss_head(
     output = fused_linear_policy_loss(
         hidden_states,
         _weight(output_layer, output_weight, config),
-        **_sequence_first(context),
-        sequence_parallel=output_layer.sequence_parallel,
+        **_arguments(context, output_layer),
         loss_scale=1.0 if scale is None else scale(torch.ones((), device=hidden_states.device)),
         allow_empty=True,
     )
@@ -138,8 +140,7 @@ def megatron_logprobs_head(
     logprobs, _entropy = fused_linear_logprobs(
         hidden_states,
         _weight(output_layer, output_weight, config),
-        **_sequence_first(context),
-        sequence_parallel=output_layer.sequence_parallel,
+        **_arguments(context, output_layer),
     )
     return logprobs.transpose(0, 1)
 
@@ -148,14 +149,32 @@ def _weight(output_layer: Any, output_weight: Tensor | None, config: Any) -> Ten
     """The output layer's weight, which may be the embedding's."""
     if getattr(config, "use_mup", False) or output_layer.bias is not None:
         raise ValueError("the fused head knows neither muP's scaled logits nor a bias of the output layer")
+    if getattr(config, "mtp_num_layers", None):
+        # Their gradient of the same weight would be lost beside one that is in main_grad already.
+        raise ValueError("the fused head does not go with multi-token prediction (mtp_num_layers)")
+    # What hangs on the layer's call must happen before its weight is read: Megatron waits there for parameters that
+    # are being gathered (overlap_param_gather).
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, ())
     return output_layer.weight if output_weight is None else output_weight
 
 
-def _sequence_first(context: Any) -> dict[str, Any]:
-    """Tensors from [batch, sequence] to the order of hidden states; by default each row is a response."""
-    arguments = dict(context)
+def _arguments(context: Any, output_layer: Any) -> dict[str, Any]:
+    """The fused head's, from what the caller gave and the layer knows. Tensors go from [batch, sequence] to the order
+    of hidden states; by default each row is a response."""
+    arguments = {"tp_group": output_layer.tp_group, "sequence_parallel": output_layer.sequence_parallel, **context}
+    if group_size(arguments["tp_group"]) != group_size(output_layer.tp_group):
+        raise ValueError(
+            f"tp_group has {group_size(arguments['tp_group'])} ranks, the output layer is split over "
+            f"{group_size(output_layer.tp_group)}: leave tp_group out, or pass the layer's"
+        )
+    targets: Any = arguments.get("targets")
+    validation.check_tensors(targets=targets)
+    if targets.dim() != 2:
+        raise ValueError(
+            f"targets has shape {list(targets.shape)}, expected [batch, sequence]; a packed stream is [1, T]"
+        )
     if "config" in arguments and arguments.get("sequence_ids") is None:
-        targets = arguments["targets"]
         arguments["sequence_ids"] = torch.arange(targets.shape[0], device=targets.device)[:, None].expand_as(targets)
     if arguments.get("response_terms") is not None:
         arguments["response_terms"].check(arguments["config"], arguments["targets"].numel())

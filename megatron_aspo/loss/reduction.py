@@ -146,6 +146,8 @@ def _token_data(
     **tensors: Any,
 ) -> tuple[TokenData, Tensor, Tensor | None]:
     """Checked and flat: the tokens, their log-probs and entropy."""
+    validation.check_tensors(logprobs=logprobs)
+    validation.check_config(config)
     if not logprobs.is_floating_point() or logprobs.dim() == 0:
         raise ValueError(
             f"logprobs must be a floating-point tensor [..., T], not {logprobs.dtype} of {logprobs.dim()}-d"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_aspo.loss.softmax import group_rank, group_size
+from megatron_aspo.loss.collectives import all_gather, group_rank, group_size
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ class Responses:
         # float64 carries ids and float32 values exactly.
         rows = torch.stack([row.double() for row in (mask, sequence_ids, *values)])
         if group_size(cp_group) > 1:
-            gathered = rows.new_empty(group_size(cp_group) * rows.shape[0], tokens)
-            dist.all_gather_single(gathered, rows, group=cp_group)
-            rows = gathered.view(-1, rows.shape[0], tokens).transpose(0, 1).flatten(1)
+            rows = all_gather(rows, cp_group).view(-1, rows.shape[0], tokens).transpose(0, 1).flatten(1)
         whole_mask = rows[0] != 0
         distinct, index = torch.unique(rows[1], return_inverse=True)
         lengths = torch.zeros(distinct.numel(), dtype=torch.float64, device=mask.device)

@@ -8,8 +8,6 @@ needs. So one small collective is enough, whoever holds the logits and however t
 `statistics` and `gradient` are the element-wise work. Here they are plain torch, the reference; on CUDA they
 are one Triton kernel each (`megatron_aspo.loss.kernels`).
 """
-# torch.distributed is not annotated.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -20,6 +18,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_aspo.loss.collectives import all_gather, group_rank, group_size
 
 KERNELS_VARIABLE = "MEGATRON_ASPO_KERNELS"
 """Environment variable: "auto" (Triton on CUDA), "torch", or "triton" (also on CPU, in Triton's interpreter)."""
@@ -115,12 +115,9 @@ def gradient(
 
 def gather(stats: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
     """[4, n] of every rank -> [ranks, 4, n]: the one collective."""
-    ranks = group_size(tp_group)
-    if ranks == 1:
+    if group_size(tp_group) == 1:
         return stats[None]
-    gathered = stats.new_empty(ranks * 4, stats.shape[1])
-    dist.all_gather_single(gathered, stats.contiguous(), group=tp_group)
-    return gathered.view(ranks, 4, -1)
+    return all_gather(stats, tp_group).view(-1, 4, stats.shape[1])
 
 
 def merge(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,14 +149,6 @@ def real_columns(vocab_size: int | None, vocab_shard: int, tp_group: dist.Proces
     if vocab_size is None:
         return vocab_shard
     return min(max(vocab_size - vocab_shard * group_rank(tp_group), 0), vocab_shard)
-
-
-def group_size(group: dist.ProcessGroup | None) -> int:
-    return 1 if group is None else dist.get_world_size(group)
-
-
-def group_rank(group: dist.ProcessGroup | None) -> int:
-    return 0 if group is None else dist.get_rank(group)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

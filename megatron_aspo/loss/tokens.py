@@ -1,6 +1,6 @@
 """The tokens of a loss, ready for it: what each one's gradient and value are, given its log-prob.
 
-`Tokens.prepare` masks, looks up what belongs to whole responses, and turns the aggregation into one scale per
+`PreparedLoss.of` masks, looks up what belongs to whole responses, and turns the aggregation into one scale per
 token. Then `gradients` is element-wise, so that it can be asked for any slice of the tokens at any time; both
 `policy_loss` and the fused head build on it.
 """
@@ -43,6 +43,8 @@ def check_inputs(
     sequence_ids: Tensor | None,
 ) -> None:
     """Shapes, types, the group, and whether all is there that the configuration needs."""
+    validation.check_tensors(loss_mask=loss_mask, advantages=advantages)
+    validation.check_config(config)
     floats = {
         "old_logprobs": old_logprobs,
         "advantages": advantages,
@@ -65,6 +67,10 @@ def check_inputs(
         raise ValueError(
             "norm_length is missing: seq-mean-token-sum-norm divides by it; set the longest response's length"
         )
+
+
+LOWEST_LOGPROB = -1e6
+"""What -inf counts as."""
 
 
 @dataclass(frozen=True)
@@ -115,18 +121,15 @@ class TokenData:
         validation.check_some_token(mask, allow_empty or not in_one_piece)
 
         def flat(values: Tensor | None) -> Tensor | None:
-            # The mask comes before any arithmetic: what stands in masked slots must not reach exp or sums.
-            return None if values is None else torch.where(mask, values.detach().reshape(-1).to(dtype), 0.0)
+            return None if values is None else usable(values.detach().reshape(-1).to(dtype), mask)
 
         if sequence_ids is None:
             rows = torch.arange(math.prod(shape[:-1]), device=mask.device)
             sequence_ids = rows.repeat_interleave(shape[-1], output_size=mask.numel())
-        flat_advantages = flat(advantages)
-        assert flat_advantages is not None
         return TokenData(
             mask,
             sequence_ids.reshape(-1),
-            flat_advantages,
+            torch.where(mask, advantages.detach().reshape(-1).to(dtype), 0.0),
             flat(old_logprobs),
             flat(ref_logprobs),
             flat(rollout_logprobs),
@@ -147,6 +150,12 @@ class TokenData:
         if self.rollout_logprobs is None or self.old_logprobs is None:
             return None
         return self.old_logprobs - self.rollout_logprobs
+
+
+def usable(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """0 where masked, before any arithmetic: what stands there must not reach exp or sums. And finite: a token that
+    top-k or top-p excludes has log-prob -inf, and -inf - -inf would be NaN."""
+    return torch.where(mask, logprobs, 0.0).clamp(min=LOWEST_LOGPROB)
 
 
 def needs_all_logprobs(config: PolicyLossConfig) -> bool:
@@ -207,7 +216,7 @@ class Tokens:
         self, logprobs: Tensor, entropy: Tensor | None, config: PolicyLossConfig
     ) -> tuple[Tensor, Tensor | None]:
         """Of the loss sum, in the log-probs and (None without an entropy bonus) in the entropy."""
-        logprobs = torch.where(self.mask, logprobs, 0.0)
+        logprobs = usable(logprobs, self.mask)
         _, terms = self.terms(logprobs, entropy, config)
         grad = -terms.weight * self.advantages
         if self.correction is not None:
@@ -313,7 +322,7 @@ class ResponseTerms:
         if config.objective in ("gspo", "response_mean_is"):
             assert logprobs is not None
             old = logprobs if data.old_logprobs is None else data.old_logprobs
-            asked["log_ratio"] = torch.where(mask, logprobs - old, 0.0)
+            asked["log_ratio"] = usable(logprobs, mask) - usable(old, mask)
         if config.entropy_quantile is not None:
             assert entropy is not None
             asked["entropy"] = torch.where(mask, entropy, 0.0)
@@ -381,7 +390,7 @@ class PreparedLoss:
     def output(self, logprobs: Tensor, entropy: Tensor | None, shape: Sequence[int]) -> LossOutput:
         """Value and metrics, detached, from the log-probs [N] of all tokens."""
         config, tokens, mask = self.config, self.tokens, self.data.mask
-        masked = torch.where(mask, logprobs, 0.0)
+        masked = usable(logprobs, mask)
         inputs, terms = tokens.terms(masked, entropy, config)
         token_loss = terms.value if tokens.correction is None else terms.value * tokens.correction
         old = masked if tokens.old_logprobs is None else tokens.old_logprobs
@@ -411,7 +420,7 @@ class PreparedLoss:
             self.denominator,
             metrics,
             maxima,
-            masked.view(*shape),
+            torch.where(mask, logprobs, 0.0).view(*shape),
             None if entropy is None else torch.where(mask, entropy, 0.0).view(*shape),
         )
 

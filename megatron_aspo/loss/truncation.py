@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_aspo.loss import softmax
+from megatron_aspo.loss import softmax, validation
+from megatron_aspo.loss.collectives import group_size
 
 _BITS = 8
 _BINS = 1 << _BITS
@@ -22,8 +23,8 @@ _MINUS_INF_KEY = 0x007FFFFF
 
 
 def check(top_k: int | None, top_p: float | None) -> None:
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be >= 1, or None to keep all tokens")
+    if top_k is not None:
+        validation.check_counts(top_k=top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must lie in (0, 1]")
 
@@ -74,7 +75,7 @@ def _select(
                 z = softmax.tempered(logits[rows], temperature, None if lowest is None else lowest[rows])
                 weight = torch.where(inside, z.sub_(log_normalizer[rows, None]).exp_(), 0.0).double()
             bins[rows].scatter_add_(1, key >> shift & (_BINS - 1), weight)
-        if softmax.group_size(tp_group) > 1:
+        if group_size(tp_group) > 1:
             dist.all_reduce(bins, group=tp_group)
         larger = above[:, None] + bins.flip(1).cumsum(1).flip(1) - bins  # weight above each bin
         digit = (larger < limit).int().argmax(1)  # the lowest bin that is still kept: `larger` falls with the bin

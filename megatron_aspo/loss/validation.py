@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_aspo.config import PolicyLossConfig
 
-def check_positive(**values: float) -> None:
+
+def check_positive(**values: Any) -> None:
     for name, value in values.items():
-        if not 0 < value < math.inf:
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{name}={value} must be > 0 and finite")
 
 
@@ -28,6 +30,17 @@ def check_counts(**values: Any) -> None:
 def check_group(name: str, group: dist.ProcessGroup | None) -> None:
     if group is not None and dist.get_rank(group) < 0:
         raise ValueError(f"{name}: this rank is not a member of the group; pass the group that this rank belongs to")
+
+
+def check_tensors(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
+
+
+def check_config(config: Any) -> None:
+    if not isinstance(config, PolicyLossConfig):
+        raise ValueError(f"config must be a PolicyLossConfig, not {type(config).__name__}")
 
 
 def check_floating(**tensors: Tensor | None) -> None:

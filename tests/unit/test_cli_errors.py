@@ -104,7 +104,7 @@ def test_the_guard_works() -> None:
         ("parallel.sequence_parallel=true", "parallel: sequence_parallel=true", "parallel.sequence_parallel=false"),
         ("parallel.tensor=3", "model.num_attention_heads=4", "parallel.tensor=3; change one"),
         ("parallel.pipeline=3", "model.num_layers=2", "parallel.pipeline=3; change one"),
-        ("parallel.expert=2", "model.num_experts=0", "parallel.expert=2 ranks; make it a multiple"),
+        ("parallel.expert=2", "parallel.expert=2, but the model has no experts", "set parallel.expert=1, or"),
         ("train.mini_batch_prompts=64", "train.mini_batch_prompts=64", "lower the first or raise the second"),
         ("rollout.max_response_tokens=128", "rollout.max_response_tokens=128", "lower the first or raise the second"),
         ("train.max_tokens_per_micro_batch=64", "train.max_tokens_per_micro_batch=64", "raise it"),

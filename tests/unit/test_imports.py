@@ -57,8 +57,8 @@ print(loss_sum.item(), denominator.item(), logits.grad[0, 1].item(), *ours)
     assert ours == [
         f"megatron_aspo.{name}"
         for name in (
-            *("config", "errors", "loss", "loss.correction", "loss.fused_linear", "loss.logprobs", "loss.megatron"),
-            *("loss.objectives", "loss.reduction", "loss.responses", "loss.softmax", "loss.tokens"),
+            *("config", "errors", "loss", "loss.collectives", "loss.correction", "loss.fused_linear", "loss.logprobs"),
+            *("loss.megatron", "loss.objectives", "loss.reduction", "loss.responses", "loss.softmax", "loss.tokens"),
             *("loss.truncation", "loss.validation", "types"),
         )
     ]

@@ -221,7 +221,7 @@ def test_a_masked_target_may_lie_outside_the_vocabulary(target: int) -> None:
         ({"vocab_size": V + 1}, f"vocab_size={V + 1} does not fit logits"),
         ({"vocab_size": V - 1, "targets": torch.full((2, 3), V - 1)}, f"outside the vocabulary .0, {V - 1}"),
         ({"loss_mask": torch.ones(3, 2)}, "loss_mask has shape"),
-        ({"top_k": 0}, "top_k=0 must be >= 1"),
+        ({"top_k": 0}, "top_k=0 must be an integer >= 1"),
         ({"top_p": 0.0}, "top_p=0.0 must lie in"),
         ({"top_p": 1.5}, "top_p=1.5 must lie in"),
     ],

@@ -48,7 +48,11 @@ DEFAULT = {"config": PolicyLossConfig()}
 
 
 def layer(sequence_parallel: bool = False, bias: Tensor | None = None) -> Any:
-    return SimpleNamespace(weight=torch.zeros(V, H), bias=bias, sequence_parallel=sequence_parallel)
+    layer: Any = torch.nn.Linear(H, V)
+    layer.weight = torch.nn.Parameter(torch.zeros(V, H))
+    layer.bias = None if bias is None else torch.nn.Parameter(bias)
+    layer.sequence_parallel, layer.tp_group = sequence_parallel, None
+    return layer
 
 
 def loss_head(output_layer: Any = None, output_weight: Any = None, model: Any = None, **context: Any) -> Any:
@@ -56,9 +60,11 @@ def loss_head(output_layer: Any = None, output_weight: Any = None, model: Any = 
     settings = {"calculate_per_token_loss": True, "grad_scale_func": None} | (model or {})
     hidden = context.pop("hidden", torch.zeros(T, 2, H))
     head = megatron_loss_head if "config" in context else megatron_logprobs_head
+    output_layer = output_layer or layer()
+    output_layer.tp_group = context.get("tp_group")
     return head(
         hidden_states=hidden,
-        output_layer=output_layer or layer(),
+        output_layer=output_layer,
         output_weight=output_weight,
         config=SimpleNamespace(**settings),
         context=context,
@@ -143,9 +149,16 @@ CASES: list[Case] = [
         for value in (0, 0.0, -1.0, math.nan, math.inf)
     ),
     *((("fused_linear_policy_loss",), {"loss_scale": x}, f"loss_scale={x} must be > 0") for x in (0.0, -2.0, math.nan)),
-    (("vocab_parallel_logprobs",), {"top_k": 0}, "top_k=0 must be >= 1"),
+    (("vocab_parallel_logprobs",), {"top_k": 2.5}, "top_k=2.5 must be an integer >= 1"),
     (("vocab_parallel_logprobs",), {"top_p": 0.0}, "top_p=0.0 must lie in"),
-    # What is missing.
+    (("fused_linear_policy_loss",), {"loss_scale": torch.ones(T)}, "loss_scale has shape .4., expected .1."),
+    # What is missing, or of another kind.
+    *(
+        ((*LOSSES, "megatron_loss_head"), {name: None}, f"{name} must be a tensor, not NoneType")
+        for name in ("advantages", "loss_mask")
+    ),
+    ((*FUSED, *OF_LOGITS), {"targets": None}, "targets must be a tensor"),
+    (LOSSES, {"config": {"objective": "aspo"}}, "config must be a PolicyLossConfig, not dict"),
     (("policy_loss",), {"entropy": None, "config": PolicyLossConfig(entropy_coef=0.1)}, "entropy is missing"),
     (("policy_loss",), {"entropy": None, "config": PolicyLossConfig(entropy_quantile=0.5)}, "entropy is missing"),
     (LOSSES, {"ref_logprobs": None, "config": PolicyLossConfig(kl_coef=0.1)}, "ref_logprobs is missing.*kl_coef"),
@@ -280,6 +293,23 @@ def test_token_ids_are_checked_against_the_whole_vocabulary(name: str, token: in
     inputs = inputs | {"targets": torch.full((2, T), token), "tp_group": dist.group.WORLD, "vocab_size": size}
     with pytest.raises(ValueError, match=f"token id {token}, outside the vocabulary .0, {size}."), NoCollective():
         function(**inputs)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("head", [megatron_loss_head, megatron_logprobs_head])
+def test_a_tensor_parallel_group_of_another_size_than_the_layers_is_refused(head: Any) -> None:
+    _, inputs = FUNCTIONS[head.__name__]
+    whole = layer()
+    whole.tp_group = dist.group.WORLD
+    config = SimpleNamespace(calculate_per_token_loss=True, grad_scale_func=None)
+    with pytest.raises(ValueError, match="tp_group has 1 ranks, the output layer is split over 2"), NoCollective():
+        head(
+            hidden_states=torch.zeros(T, 2, H),
+            output_layer=whole,
+            output_weight=None,
+            config=config,
+            context=inputs | {"tp_group": None},
+        )
 
 
 @pytest.mark.usefixtures("world")

@@ -34,9 +34,11 @@ class Model:
     def __init__(self, scale: float | None = None, tied: bool = False) -> None:
         generator = torch.Generator().manual_seed(0)
         self.hidden = torch.randn(S, B, H, generator=generator, dtype=torch.float64).requires_grad_()
-        self.weight: Any = torch.randn(V, H, generator=generator, dtype=torch.float64).requires_grad_()
+        self.weight: Any = torch.nn.Parameter(torch.randn(V, H, generator=generator, dtype=torch.float64))
         other = torch.zeros_like(self.weight)
-        self.layer = SimpleNamespace(weight=other if tied else self.weight, bias=None, sequence_parallel=False)
+        self.layer: Any = torch.nn.Linear(1, 1, bias=False)
+        self.layer.weight = torch.nn.Parameter(other) if tied else self.weight
+        self.layer.sequence_parallel, self.layer.tp_group = False, None
         self.tied = tied
         self.config = SimpleNamespace(
             calculate_per_token_loss=True, grad_scale_func=None if scale is None else lambda loss: loss * scale

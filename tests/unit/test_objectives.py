@@ -317,6 +317,25 @@ def test_extreme_ratios_stay_finite_in_float32(objective: str, dual_clip: float 
         torch.testing.assert_close(gradient.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_excluded_token_spoils_nothing(objective: str, estimator: str) -> None:
+    """Top-k and top-p give a token outside them log-prob -inf, now, before, or both."""
+    inf = math.inf
+    inputs = {"logprobs": tensor64([-1, -2, -inf, -1.5, -inf]), "old_logprobs": tensor64([-1.1, -1.9, -inf, -inf, -1])}
+    inputs |= {"ref_logprobs": tensor64([-1, -1, -1, -1, -inf]), "rollout_logprobs": inputs["old_logprobs"]}
+    inputs |= {"advantages": tensor64([1, 1, 1, 1, 1]), "loss_mask": torch.ones(5), "entropy": torch.rand(5).double()}
+    for advantage in (1.0, -1.0):
+        inputs["advantages"] = torch.full((5,), advantage, dtype=torch.float64)
+        out, gradient, _ = differentiate(inputs, config_of(objective, kl_estimator=estimator, **EVERYTHING))
+        assert torch.isfinite(gradient).all()
+        assert all(math.isfinite(x) for pair in numbers(out.metrics).values() for x in pair)
+        if objective not in SEQUENCE_WISE:
+            finite = {name: values[:2] for name, values in inputs.items()}
+            _, expected, _ = differentiate(finite, config_of(objective, kl_estimator=estimator, **EVERYTHING))
+            torch.testing.assert_close(gradient[:2], expected)
+
+
 # --- Terms of their own ---
 
 
