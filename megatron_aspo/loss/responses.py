@@ -46,7 +46,7 @@ class Responses:
         # float64 carries ids and float32 values exactly.
         rows = torch.stack([row.double() for row in (mask, sequence_ids, *values)])
         if group_size(cp_group) > 1:
-            rows = all_gather(rows, cp_group).view(-1, rows.shape[0], tokens).transpose(0, 1).flatten(1)
+            rows = all_gather(rows, cp_group).view(group_size(cp_group), *rows.shape).transpose(0, 1).flatten(1)
         whole_mask = rows[0] != 0
         distinct, index = torch.unique(rows[1], return_inverse=True)
         lengths = torch.zeros(distinct.numel(), dtype=torch.float64, device=mask.device)

@@ -117,7 +117,7 @@ def gather(stats: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
     """[4, n] of every rank -> [ranks, 4, n]: the one collective."""
     if group_size(tp_group) == 1:
         return stats[None]
-    return all_gather(stats, tp_group).view(-1, 4, stats.shape[1])
+    return all_gather(stats, tp_group).view(group_size(tp_group), *stats.shape)
 
 
 def merge(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
