@@ -37,8 +37,12 @@ ARRANGEMENTS = {
     "one stream": (TrainConfig(max_tokens_per_micro_batch=1024), ["aspo, entropy split"]),
     "several streams": (TrainConfig(max_tokens_per_micro_batch=100), list(LOSSES)),
     "a stream per sample": (TrainConfig(packing=False, max_tokens_per_micro_batch=64), ["aspo", "gspo"]),
+    "through logits": (
+        TrainConfig(fused_head=False, max_tokens_per_micro_batch=100),
+        ["aspo, mean of means", "aspo, entropy split", "grpo", "gspo"],
+    ),
 }
-"""How the batch is cut into micro-batches, and the losses that are tried so."""
+"""How the batch is cut into micro-batches and the loss is made of them, and the losses that are tried so."""
 
 REFERENCE = {"one stream": (ARRANGEMENTS["one stream"][0], list(LOSSES))}
 LAYOUTS = {

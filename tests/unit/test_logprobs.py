@@ -8,6 +8,7 @@ import torch
 from scalar_losses import scalar_terms
 from torch import Tensor
 
+from benchmarks.counting import Count
 from megatron_aspo.config import Objective, PolicyLossConfig
 from megatron_aspo.loss import megatron_loss_func, softmax, vocab_parallel_logprobs
 
@@ -306,6 +307,26 @@ def test_targets_may_be_any_integers(dtype: torch.dtype) -> None:
     assert logits.grad is not None
     right = torch.nn.functional.one_hot(targets, V) - torch.softmax(logits.detach(), -1)
     torch.testing.assert_close(logits.grad, right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}], ids=str)
+def test_memory(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the logits' size is made but their gradient, in their type; top_p has histograms of each token."""
+    tokens, columns = 1024, 1 << 14
+    monkeypatch.setattr(softmax, "_TILE_ELEMENTS", {"cpu": columns})
+    histograms = 5 * 256 * 8 * tokens if options else 0
+    logits = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    targets = torch.arange(tokens)
+    for overwrite, allowed in ((False, 3.0), (True, 0.1)):
+        with Count() as forward:
+            logprobs, entropy = whole(logits, targets, overwrite_logits=overwrite, **options)
+        assert forward.peak <= 0.1 * logits.numel() + histograms
+        loss = logprobs.clamp(min=-99).sum() + entropy.sum()
+        with Count() as backward:
+            (gradient,) = torch.autograd.grad(loss, logits)
+        assert forward.live + backward.peak <= allowed * logits.numel()
+        assert gradient.dtype == logits.dtype
+        assert (gradient.data_ptr() == logits.data_ptr()) == overwrite
 
 
 # --- The mathematics of shards, in one process ---
