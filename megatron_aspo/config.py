@@ -116,12 +116,19 @@ class PolicyLossConfig:
         return self.rollout_correction != "none" or self.drops_responses
 
 
+_SET_WITH_HF_PATH = ("hf_path", "dtype", "max_sequence_length", "moe_aux_loss_coef", "moe_z_loss_coef")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama architecture (RMSNorm, rotary embeddings, SwiGLU, grouped-query attention), dense or
-    with a mixture of experts in every layer.
+    with a mixture of experts in every layer: Hugging Face weights, or random ones of the shape given here.
 
     Attributes:
+        hf_path: a folder in Hugging Face's format (config.json, *.safetensors, tokenizer files) or a hub id, of a
+            Llama, Qwen2, Qwen3 or Qwen3-MoE model. Shape and tokenizer come from there, and only `dtype`,
+            `max_sequence_length` and the coefficients of the router's losses are settings. Empty: random weights.
+        max_sequence_length: of prompt and response together.
         num_experts: experts of a layer; 0 is a dense model, for which the `moe_` settings mean nothing.
         moe_top_k: experts that each token goes to.
         moe_ffn_hidden_size: of one expert; null takes ffn_hidden_size.
@@ -129,6 +136,7 @@ class ModelConfig:
             means over all tokens of an update, prompts and padding included. They do not depend on `loss`.
     """
 
+    hf_path: str = ""
     num_layers: int = 2
     hidden_size: int = 64
     ffn_hidden_size: int = 192
@@ -148,6 +156,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         _require_positive(self, "num_query_groups", "max_sequence_length", "rotary_base", "init_std")
+        for f in fields(self) if self.hf_path else ():
+            _require(
+                f.name in _SET_WITH_HF_PATH or getattr(self, f.name) == f.default,
+                f"{f.name}={getattr(self, f.name)} is the Hugging Face model's to say; remove it, or hf_path",
+            )
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}",
@@ -221,11 +234,13 @@ class DataConfig:
 
     Training prompts are drawn with `seed`, held-out prompts with `eval_seed`; an evaluation prompt never
     occurs in training. `prompt_template` may name `{question}` and the fields of the problem's metadata.
+    With `chat_template` the text so made is a user's message, in the chat format of the tokenizer of `model.hf_path`.
     """
 
     task: str = "chain_sum"
     task_args: dict[str, Any] = field(default_factory=dict[str, Any])
     prompt_template: str = "{question}\n"
+    chat_template: bool = False
     seed: int = 0
     eval_seed: int = 1_000_003
     eval_prompts: int = 256
@@ -508,6 +523,43 @@ def _from_mapping(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any
         raise UserError(f"{prefix.rstrip('.') + ': ' if prefix else ''}{error}") from None
 
 
+_LAID_OUT = (
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "moe_ffn_hidden_size",
+    "num_layers",
+    "num_experts",
+)
+
+
+def check_layout(sizes: Mapping[str, int], parallel: ParallelConfig, prefix: str) -> None:
+    """Raise UserError unless a model of these sizes (named as in ModelConfig; `prefix` stands before the names in
+    messages) can be spread as `parallel` says."""
+    for what in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "moe_ffn_hidden_size"):
+        if sizes[what] % parallel.tensor:
+            raise UserError(
+                f"{prefix}{what}={sizes[what]} is not a multiple of parallel.tensor={parallel.tensor}"
+                "; change one of them"
+            )
+    if sizes["num_layers"] % parallel.pipeline:
+        raise UserError(
+            f"{prefix}num_layers={sizes['num_layers']} is not a multiple of parallel.pipeline={parallel.pipeline}"
+            "; change one of them"
+        )
+    experts = sizes["num_experts"]
+    if experts % parallel.expert or (parallel.expert > 1 and not experts):
+        raise UserError(
+            f"{prefix}num_experts={experts} cannot be spread over parallel.expert={parallel.expert} ranks; "
+            "make it a multiple"
+        )
+    if experts and parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"parallel.tensor={parallel.tensor} with {prefix}num_experts={experts} needs sequence parallelism, "
+            "or every expert would see every token more than once; set parallel.sequence_parallel=true"
+        )
+
+
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """`value` as an instance of the annotation `hint`, or UserError. An int serves where a float is asked."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -556,27 +608,12 @@ def _fill_dependent(config: RunConfig) -> RunConfig:
 def _check_together(config: RunConfig) -> None:
     """What depends on several fields at once."""
     model, parallel, rollout, train = config.model, config.parallel, config.rollout, config.train
-    sizes = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "moe_ffn_hidden_size")
-    for what in sizes:
-        if (getattr(model, what) or 0) % parallel.tensor:
-            raise UserError(
-                f"model.{what}={getattr(model, what)} is not a multiple of parallel.tensor={parallel.tensor}"
-                "; change one of them"
-            )
-    if model.num_layers % parallel.pipeline:
+    if not model.hf_path:
+        check_layout({what: getattr(model, what) or 0 for what in _LAID_OUT}, parallel, "model.")
+    if config.data.chat_template and not model.hf_path:
         raise UserError(
-            f"model.num_layers={model.num_layers} is not a multiple of parallel.pipeline={parallel.pipeline}"
-            "; change one of them"
-        )
-    if model.num_experts % parallel.expert or (parallel.expert > 1 and not model.num_experts):
-        raise UserError(
-            f"model.num_experts={model.num_experts} cannot be spread over parallel.expert={parallel.expert} ranks; "
-            "make it a multiple"
-        )
-    if model.num_experts and parallel.tensor > 1 and not parallel.sequence_parallel:
-        raise UserError(
-            f"parallel.tensor={parallel.tensor} with model.num_experts={model.num_experts} needs sequence parallelism, "
-            "or every expert would see every token more than once; set parallel.sequence_parallel=true"
+            "data.chat_template=true needs a tokenizer with a chat template, and the character tokenizer has none; "
+            "set model.hf_path or data.chat_template=false"
         )
     if train.mini_batch_prompts > rollout.prompts_per_step:
         raise UserError(

@@ -16,7 +16,7 @@ from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rewards.reasoning_gym import score
 from megatron_aspo.rollout.megatron import EmbeddedEngine
 from megatron_aspo.run_folder import find_checkpoint
-from megatron_aspo.tokenizer import AsciiTokenizer
+from megatron_aspo.tokenizer import load_tokenizer
 
 
 def evaluate(engine: EmbeddedEngine, prompts: ReasoningGymPrompts, config: EvalConfig) -> dict[str, float]:
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = cli.parse(parser, argv)
         config = cli.parse_run_config(arguments)
         with distributed(config):
-            tokenizer = AsciiTokenizer()
+            tokenizer = load_tokenizer(config)
             prompts = ReasoningGymPrompts.of(config, tokenizer)
             policy = Policy(config, tokenizer.vocab_size)
             path = find_checkpoint(config, arguments.checkpoint)

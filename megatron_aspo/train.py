@@ -21,7 +21,7 @@ from megatron_aspo.policy.trainer import Policy, UpdateMetrics
 from megatron_aspo.rewards.reasoning_gym import score
 from megatron_aspo.rollout.megatron import EmbeddedEngine
 from megatron_aspo.run_folder import checkpoints_folder, find_resume, make_folders, read_meta
-from megatron_aspo.tokenizer import AsciiTokenizer
+from megatron_aspo.tokenizer import load_tokenizer
 from megatron_aspo.types import MicroBatch, Sample
 from megatron_aspo.warmup import warm_up
 
@@ -31,7 +31,7 @@ def train(config: RunConfig, argv: list[str]) -> None:
     make_folders(config)
     resume_from = find_resume(config)
     resume_step = int(read_meta(resume_from)["step"]) if resume_from else None
-    tokenizer = AsciiTokenizer()
+    tokenizer = load_tokenizer(config)
     prompts = ReasoningGymPrompts.of(config, tokenizer)
     policy = Policy(config, tokenizer.vocab_size)
     engine = EmbeddedEngine(policy, config.rollout, tokenizer, config.seed)

@@ -48,7 +48,7 @@ def test_the_guard_works() -> None:
         ("rollout.tempreture=1", "rollout.tempreture", "did you mean rollout.temperature?"),
         ("optimiser.lr=1", "optimiser", "did you mean optimizer?"),
         ("lr=1", "unknown setting lr", "known here: name, output_dir, seed, model"),
-        ("model.rms=1", "model.rms", "known here: num_layers"),
+        ("model.rms=1", "model.rms", "known here: hf_path, num_layers"),
         ("loss.objective=gprpo", "loss.objective='gprpo'", "did you mean grpo?"),
         ("loss.aggregation=token_mean", "loss.aggregation='token_mean'", "did you mean token-mean?"),
         ("model.dtype=fp16", "model.dtype='fp16'", "float32, bfloat16"),
@@ -168,8 +168,8 @@ def test_files(capsys: pytest.CaptureFixture[str], folder: Path, content: str | 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("", "the following arguments are required: train | eval | report; see megatron-aspo --help"),
-        ("trian run.yaml", "invalid choice: 'trian' (choose from 'train', 'eval', 'report'); see megatron-aspo --help"),
+        ("", "the following arguments are required: train | eval | export | report; see megatron-aspo --help"),
+        ("trian run.yaml", "invalid choice: 'trian' (choose from 'train', 'eval', 'export', 'report'); see megatron-aspo --help"),
         ("train", "arguments are required: config"),
         ("eval", "see megatron-aspo eval --help"),
         ("report", "arguments are required: run_dir; see megatron-aspo report --help"),
@@ -264,7 +264,7 @@ PROGRAM = Path(sys.executable).with_name("megatron-aspo")
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "megatron-aspo: the following arguments are required: train | eval | report; see megatron-aspo --help\n"),
+        ([], "megatron-aspo: the following arguments are required: train | eval | export | report; see megatron-aspo --help\n"),
         (["train", "no.yaml"], "megatron-aspo: no configuration file at no.yaml; see examples/ for ones that run\n"),
         (
             ["train", "run.yaml", "train.step=1"],
