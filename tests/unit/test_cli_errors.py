@@ -168,8 +168,8 @@ def test_files(capsys: pytest.CaptureFixture[str], folder: Path, content: str | 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("", "the following arguments are required: train | eval | export | report; see megatron-aspo --help"),
-        ("trian run.yaml", "invalid choice: 'trian' (choose from 'train', 'eval', 'export', 'report'); see megatron-aspo --help"),
+        ("", "the following arguments are required: train | eval | export | check-rollout | report; see megatron-aspo --help"),
+        ("trian run.yaml", "invalid choice: 'trian' (choose from 'train', 'eval', 'export', 'check-rollout', 'report'); see megatron-aspo --help"),
         ("train", "arguments are required: config"),
         ("eval", "see megatron-aspo eval --help"),
         ("report", "arguments are required: run_dir; see megatron-aspo report --help"),
@@ -264,7 +264,7 @@ PROGRAM = Path(sys.executable).with_name("megatron-aspo")
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "megatron-aspo: the following arguments are required: train | eval | export | report; see megatron-aspo --help\n"),
+        ([], "megatron-aspo: the following arguments are required: train | eval | export | check-rollout | report; see megatron-aspo --help\n"),
         (["train", "no.yaml"], "megatron-aspo: no configuration file at no.yaml; see examples/ for ones that run\n"),
         (
             ["train", "run.yaml", "train.step=1"],
