@@ -258,29 +258,56 @@ class RolloutConfig:
     """How responses are sampled from the policy.
 
     Attributes:
+        engine: "megatron" samples from the training model itself; "vllm" from vLLM beside it in the same ranks.
         prompts_per_step: prompt groups that enter one training step.
         responses_per_prompt: group size G.
         temperature: 0 is greedy. The trainer's log-probs are those of the same tempered distribution.
-        top_p: nucleus sampling; log-probs stay those of the un-truncated distribution.
+        top_p: nucleus sampling; log-probs stay those of the un-truncated distribution, with vLLM those of the nucleus.
+        top_k: sample from this many most likely tokens; 0 is all of them. vLLM only.
         stop: strings that end a response (kept in it), besides the end-of-sequence token.
         max_response_tokens: upper limit; a response cut there has finish_reason "length".
         max_rounds: generation rounds per step that dynamic sampling may use to refill dropped groups.
         dynamic_sampling: drop groups whose rewards are all equal, and refill.
         batch_size: responses decoded at once on a rank.
+
+    What follows is for vLLM.
+
+    Attributes:
+        tensor: consecutive ranks that share one copy of vLLM's weights; it need not be `parallel.tensor`.
+        kv_cache_gb: GiB a rank for keys and values.
+        sleep_level: what vLLM gives back on a GPU while the policy is trained: 1 its keys and values (the weights wait
+            in host memory), 2 its weights too; 0 is nothing.
+        refit_bucket_mb: MiB of weights that travel at once from the policy to vLLM.
+        refit_checksum: compare checksums of the weights over all ranks at every refit.
     """
 
+    engine: Literal["megatron", "vllm"] = "megatron"
     prompts_per_step: int = 32
     responses_per_prompt: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
     stop: tuple[str, ...] = ()
     max_response_tokens: int = 16
     dynamic_sampling: bool = True
     max_rounds: int = 4
     batch_size: int = 512
+    tensor: int = 1
+    kv_cache_gb: float = 1.0
+    sleep_level: int = 2
+    refit_bucket_mb: int = 512
+    refit_checksum: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(self, "prompts_per_step", "max_response_tokens", "max_rounds", "batch_size")
+        _require_positive(self, "tensor", "kv_cache_gb", "refit_bucket_mb")
+        _require(self.sleep_level in (0, 1, 2), f"sleep_level={self.sleep_level} must be 0, 1 or 2")
+        _require(self.top_k >= 0, f"top_k={self.top_k} must be >= 0 (0 is all tokens)")
+        for name, off in (("top_k", 0), ("tensor", 1)):
+            _require(
+                self.engine == "vllm" or getattr(self, name) == off,
+                f"{name}={getattr(self, name)} is for vLLM; set rollout.engine=vllm, or {name}={off}",
+            )
         _require(
             self.responses_per_prompt >= 2,
             f"responses_per_prompt={self.responses_per_prompt} must be >= 2: group-relative advantages need a group",
@@ -475,12 +502,13 @@ def config_warnings(config: RunConfig) -> list[str]:
             "importance ratio is 1 and all objectives have the same gradient; lower "
             "train.mini_batch_prompts or raise train.epochs"
         )
-    if config.rollout.top_p < 1:
-        warnings.append(
-            f"rollout.top_p={config.rollout.top_p} truncates the sampler's distribution, the trainer's "
-            "log-probs are of the whole one: the importance ratio then corrects for the wrong policy; "
-            "top_p=1 is exact"
-        )
+    for name, value, off in (("top_p", config.rollout.top_p, 1), ("top_k", config.rollout.top_k, 0)):
+        if value != off:
+            warnings.append(
+                f"rollout.{name}={value} truncates the sampler's distribution, the trainer's "
+                "log-probs are of the whole one: the importance ratio then corrects for the wrong policy; "
+                f"{name}={off} is exact"
+            )
     return warnings
 
 
@@ -493,34 +521,11 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
             f"parallel.pipeline={config.parallel.pipeline} x parallel.context={config.parallel.context} "
             f"with parallel.expert={config.parallel.expert}; start a multiple of {size} ranks"
         )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _require_positive(config: Any, *names: str) -> None:
-    for name in names:
-        _require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be > 0")
-
-
-def _from_mapping(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
-    """Build the dataclass `cls` from plain containers; `prefix` is the dotted path of errors."""
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(known)}"
-            raise UserError(f"unknown setting {prefix}{key}{hint}")
-    arguments = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()}
-    try:
-        return cls(**arguments)
-    except TypeError:
-        raise UserError(f"{prefix}name is missing; add a line 'name: my-run'") from None
-    except ValueError as error:
-        raise UserError(f"{prefix.rstrip('.') + ': ' if prefix else ''}{error}") from None
+    if world_size % config.rollout.tensor:
+        raise UserError(
+            f"{world_size} rank(s) cannot be parted into replicas of rollout.tensor={config.rollout.tensor} ranks; "
+            "start a multiple of them"
+        )
 
 
 _LAID_OUT = (
@@ -558,6 +563,34 @@ def check_layout(sizes: Mapping[str, int], parallel: ParallelConfig, prefix: str
             f"parallel.tensor={parallel.tensor} with {prefix}num_experts={experts} needs sequence parallelism, "
             "or every expert would see every token more than once; set parallel.sequence_parallel=true"
         )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be > 0")
+
+
+def _from_mapping(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
+    """Build the dataclass `cls` from plain containers; `prefix` is the dotted path of errors."""
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(known)}"
+            raise UserError(f"unknown setting {prefix}{key}{hint}")
+    arguments = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()}
+    try:
+        return cls(**arguments)
+    except TypeError:
+        raise UserError(f"{prefix}name is missing; add a line 'name: my-run'") from None
+    except ValueError as error:
+        raise UserError(f"{prefix.rstrip('.') + ': ' if prefix else ''}{error}") from None
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -614,6 +647,11 @@ def _check_together(config: RunConfig) -> None:
         raise UserError(
             "data.chat_template=true needs a tokenizer with a chat template, and the character tokenizer has none; "
             "set model.hf_path or data.chat_template=false"
+        )
+    if rollout.engine == "vllm" and model.num_experts:
+        raise UserError(
+            f"rollout.engine=vllm takes model.num_experts={model.num_experts} from model.hf_path only; name one, or "
+            "set rollout.engine=megatron"
         )
     if train.mini_batch_prompts > rollout.prompts_per_step:
         raise UserError(

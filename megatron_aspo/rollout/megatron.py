@@ -71,6 +71,12 @@ class EmbeddedEngine:
         samples = dict(pair for part in self._gather(written) for pair in part)
         return [samples[i] for i in range(len(requests))]
 
+    def refit(self) -> None:
+        """The weights are the policy's own."""
+
+    def sleep(self) -> None:
+        """Nothing is kept between calls of `generate`."""
+
     def _decode(self, requests: Sequence[_Request], temperature: float) -> list[Sample]:
         """Decode a batch. All rows start at position 0: the shortest prompt is prefilled, and rows with a longer one
         are fed its tokens while others sample already. So no row needs left padding or a mask."""
