@@ -169,28 +169,71 @@ def load_weights(path: str, model: torch.nn.Module) -> None:
     """Fill this rank's part of `model` from the folder or hub id, tensor by tensor. Collective.
 
     Raises:
-        UserError: a tensor that the model needs is not there, or one is there that no parameter takes.
+        UserError: a tensor that the model needs is not there or of another shape, or one is there that no parameter
+            takes.
     """
     gpt, bridge = _unwrapped(model), _bridge(path)
-    try:
-        present = set(bridge.hf_pretrained.state.source.get_all_keys())
-        tasks = _tasks(bridge, gpt)
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from None
-    needed = {name for task in tasks for name in _hf_names(task)}
+    present = _stored_shapes(path)
+    needed = {name for task in _tasks(bridge, gpt) for name in _hf_names(task)}
     everyones: list[Any] = [None] * dist.get_world_size()  # ranks hold different experts
     dist.all_gather_object(everyones, needed)
     needed = set[str]().union(*everyones)
     # A tied model's files may have its embeddings twice, and old ones a table that follows from the configuration.
     spare = {name for name in present if name.endswith("rotary_emb.inv_freq")}
     spare |= {_EMBEDDINGS[1]} if gpt.share_embeddings_and_output_weights else set()
-    missing, extra = sorted(needed - present), sorted(present - needed - spare)
+    missing, extra = sorted(needed - present.keys()), sorted(present.keys() - needed - spare)
     if missing:
         raise UserError(f"model.hf_path={path} lacks {_listed(missing)}, which its config.json calls for")
     if extra:
         raise UserError(f"model.hf_path={path} has {_listed(extra)}, for which its config.json leaves no place")
+    expected = _expected_shapes(bridge.hf_pretrained.config)
+    for name in sorted(present.keys() & expected.keys()):
+        if present[name] != expected[name]:
+            raise UserError(
+                f"model.hf_path={path}: {name} has the shape {present[name]}, its config.json says {expected[name]}"
+            )
     with _quiet():
         bridge.load_hf_weights([gpt])
+
+
+def _stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of the folder or hub id, as their files say."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        folder = _local_folder(path, "*.safetensors", "*.safetensors.index.json")
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        else:
+            files = set(folder.glob("*.safetensors"))
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unreadable(path, error) from None
+    if not shapes:
+        raise unreadable(path, ValueError("it has no *.safetensors"))
+    return shapes
+
+
+def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """What transformers would save, as far as its modules are named like its files (experts are not)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _local_folder(path: str, *patterns: str) -> Path:
+    """`path`, or where files of the hub's model that match the patterns have been downloaded to."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=list(patterns)))
 
 
 def _listed(names: list[str]) -> str:
@@ -273,7 +316,9 @@ class _Writer:
     def _flush(self) -> None:
         from safetensors.torch import save_file
 
-        save_file(self._shard, self._path(len(self._files)), metadata={"format": "pt"})
+        path = self._path(len(self._files))
+        save_file(self._shard, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors lets nobody else read it
         self._files.append(list(self._shard))
         self._shard, self._bytes = {}, 0
 
@@ -282,11 +327,7 @@ class _Writer:
 
 
 def _copy_configuration(model: ModelConfig, folder: Path) -> None:
-    source = Path(model.hf_path)
-    if not source.is_dir():
-        from huggingface_hub import snapshot_download
-
-        source = Path(snapshot_download(model.hf_path, allow_patterns=list(_COPIED)))
+    source = _local_folder(model.hf_path, *_COPIED)
     for path in (path for pattern in _COPIED for path in source.glob(pattern)):
         if not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)

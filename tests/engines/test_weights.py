@@ -21,7 +21,7 @@ from tiny_models import MODELS, VOCAB, write_model, write_tokenizer
 from torch import Tensor
 
 from megatron_aspo import cli, export
-from megatron_aspo.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_aspo.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megatron_aspo.distributed import distributed
 from megatron_aspo.errors import UserError
 from megatron_aspo.loss import PolicyLossConfig
@@ -192,6 +192,42 @@ def test_padding_of_the_vocabulary_is_never_sampled_and_has_no_probability(tiny:
         assert error <= 1e-5
 
 
+UPDATE = OptimizerConfig(lr=1e-3, lr_warmup_updates=0)
+
+
+def update(policy: Policy) -> None:
+    policy.train_step(policy.pack(make_samples()), PolicyLossConfig(), UpdateMetrics())
+
+
+def trained(folder: Path, parallel: ParallelConfig, runs: Path) -> dict[str, Tensor]:
+    """Weights after three updates; after two there is a checkpoint."""
+    config = replace(config_of(folder, parallel), optimizer=UPDATE)
+    with distributed(config), policy_of(config) as policy:
+        update(policy)
+        update(policy)
+        checkpoint.save(runs, 2, policy, {})
+        update(policy)
+        return weights_of(policy)
+
+
+def resumed(folder: Path, parallel: ParallelConfig, runs: Path) -> dict[str, Tensor]:
+    """Weights after the third update, the first two from the checkpoint."""
+    config = replace(config_of(folder, parallel), optimizer=UPDATE)
+    with distributed(config), policy_of(config) as policy:
+        checkpoint.load(runs / "step_000002", policy)
+        update(policy)
+        return weights_of(policy)
+
+
+def test_a_checkpoint_is_resumed_where_the_vocabulary_is_padded_otherwise(tiny: Path, tmp_path: Path) -> None:
+    layouts = (LAYOUTS["tp1"], LAYOUTS["tp2"])
+    for one, other in (layouts, layouts[::-1]):
+        runs = tmp_path / f"from{one.tensor}"
+        expected = run(one.model_parallel_size, trained, tiny / "qwen3", one, runs)[0]
+        for found in run(other.model_parallel_size, resumed, tiny / "qwen3", other, runs):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
 def refusals(folders: list[Path], parallel: ParallelConfig, settings: dict[str, Any]) -> list[str]:
     """What building a policy from each folder is refused with."""
     messages: list[str] = []
@@ -243,11 +279,22 @@ def test_what_cannot_be_read_or_computed_is_one_line(tiny: Path, tmp_path: Path)
 
     broken = other("broken")
     (broken / "config.json").write_text("{")
+    cut = changed_copy(tiny / "llama", tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((tiny / "llama" / "model.safetensors").read_bytes()[:-100])
+    wide = changed_copy(tiny / "llama", tmp_path / "wide")
+    (wide / "config.json").write_text(json.dumps(json.loads((wide / "config.json").read_text()) | {"hidden_size": 48}))
+    without_a_shard = changed_copy(tiny / "llama", tmp_path / "shards")
+    (without_a_shard / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"model.norm.weight": "b.safetensors"}}'
+    )
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     cases = {
         "cannot read model.hf_path=": tmp_path / "nowhere" / "at" / "all",
         f"cannot read model.hf_path={broken}": broken,
-        "No .safetensors": other("empty"),
+        "it has no *.safetensors": other("empty"),
+        "not fully covered": cut,
+        "No such file": without_a_shard,
+        "lm_head.weight has the shape (131, 32), its config.json says (131, 48)": wide,
         "is a GPT2LMHeadModel, which is not supported": other("gpt2", architectures=["GPT2LMHeadModel"]),
         "rope_type=yarn": other("yarn", rope_parameters=yarn),
         "hidden_act=gelu": other("gelu", hidden_act="gelu"),
