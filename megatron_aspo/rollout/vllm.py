@@ -228,6 +228,7 @@ def _start(policy: Policy, config: RolloutConfig, seed: int) -> Any:
 
     _register_transfer()
     if policy.device.type == "cpu":
+        _check_head_size(policy.model.config.kv_channels)
         _name_shared_memory()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -269,6 +270,17 @@ def _prepare_environment(on_cpu: bool) -> None:
         torch.compiler.set_stance("force_eager")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def _check_head_size(size: int) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    supported = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in supported:
+        raise UserError(
+            f"vLLM's attention on a CPU has no kernel for heads of {size}, only of {', '.join(map(str, supported))}; "
+            "change model.num_attention_heads or model.hidden_size, or set rollout.engine=megatron"
+        )
 
 
 def _name_shared_memory() -> None:

@@ -87,6 +87,11 @@ def test_the_guard_works() -> None:
         ("loss.norm_length=0", "loss: norm_length", "> 0"),
         ("rollout.temperature=0", "rollout: temperature=0.0", "> 0"),
         ("rollout.top_p=0", "rollout: top_p=0.0", "(0, 1]"),
+        ("rollout.engine=vlm", "rollout.engine='vlm'", "did you mean vllm?"),
+        ("rollout.top_k=5", "rollout: top_k=5 is for vLLM", "set rollout.engine=vllm"),
+        ("rollout.tensor=2", "rollout: tensor=2 is for vLLM", "set rollout.engine=vllm"),
+        ("rollout.refit_bucket_mb=0", "rollout: refit_bucket_mb=0", "> 0"),
+        ("rollout.sleep_level=3", "rollout: sleep_level=3", "0, 1 or 2"),
         ("rollout.responses_per_prompt=1", "rollout: responses_per_prompt=1", ">= 2"),
         ("rollout.stop=['']", "rollout: stop", "empty string"),
         ("train.steps=-1", "train: steps=-1", ">= 0"),
@@ -189,6 +194,11 @@ def test_files(capsys: pytest.CaptureFixture[str], folder: Path, content: str | 
         ("eval run.yaml parallel.pipeline=2 --nproc 1", "start a multiple of 2 ranks"),
         ("train run.yaml parallel.tensor=2 parallel.context=2 --nproc 2", "start a multiple of 4 ranks"),
         ("train run.yaml parallel.expert=4 model.num_experts=4 --nproc 2", "start a multiple of 4 ranks"),
+        (
+            "train run.yaml rollout.engine=vllm rollout.tensor=2 --nproc 3",
+            "3 rank(s) cannot be parted into replicas of rollout.tensor=2 ranks; start a multiple of them",
+        ),
+        ("train run.yaml rollout.engine=vllm model.num_experts=4", "from model.hf_path only; name one, or"),
         ("train run.yaml parallel.expert=2 model.num_experts=3", "model.num_experts=3 cannot be spread over"),
         (
             "train run.yaml parallel.tensor=2 model.num_experts=4",
