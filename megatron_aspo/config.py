@@ -120,12 +120,19 @@ class PolicyLossConfig:
         return self.rollout_correction != "none" or self.drops_responses
 
 
+_SET_WITH_HF_PATH = ("hf_path", "dtype", "max_sequence_length", "moe_aux_loss_coef", "moe_z_loss_coef")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama architecture (RMSNorm, rotary embeddings, SwiGLU, grouped-query attention), dense or
-    with a mixture of experts in every layer.
+    with a mixture of experts in every layer: Hugging Face weights, or random ones of the shape given here.
 
     Attributes:
+        hf_path: a folder in Hugging Face's format (config.json, *.safetensors, tokenizer files) or a hub id, of a
+            Llama, Qwen2, Qwen3 or Qwen3-MoE model. Shape and tokenizer come from there, and only `dtype`,
+            `max_sequence_length` and the coefficients of the router's losses are settings. Empty: random weights.
+        max_sequence_length: of prompt and response together.
         num_experts: experts of a layer; 0 is a dense model, for which the `moe_` settings mean nothing.
         moe_top_k: experts that each token goes to.
         moe_ffn_hidden_size: of one expert; null takes ffn_hidden_size.
@@ -133,6 +140,7 @@ class ModelConfig:
             means over all tokens of an update, prompts and padding included. They do not depend on `loss`.
     """
 
+    hf_path: str = ""
     num_layers: int = 2
     hidden_size: int = 64
     ffn_hidden_size: int = 192
@@ -152,6 +160,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         _require_positive(self, "num_query_groups", "max_sequence_length", "rotary_base", "init_std")
+        for f in fields(self) if self.hf_path else ():
+            _require(
+                f.name in _SET_WITH_HF_PATH or getattr(self, f.name) == f.default,
+                f"{f.name}={getattr(self, f.name)} is the Hugging Face model's to say; remove it, or hf_path",
+            )
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}",
@@ -225,11 +238,13 @@ class DataConfig:
 
     Training prompts are drawn with `seed`, held-out prompts with `eval_seed`; an evaluation prompt never
     occurs in training. `prompt_template` may name `{question}` and the fields of the problem's metadata.
+    With `chat_template` the text so made is a user's message, in the chat format of the tokenizer of `model.hf_path`.
     """
 
     task: str = "chain_sum"
     task_args: dict[str, Any] = field(default_factory=dict[str, Any])
     prompt_template: str = "{question}\n"
+    chat_template: bool = False
     seed: int = 0
     eval_seed: int = 1_000_003
     eval_prompts: int = 256
@@ -247,29 +262,56 @@ class RolloutConfig:
     """How responses are sampled from the policy.
 
     Attributes:
+        engine: "megatron" samples from the training model itself; "vllm" from vLLM beside it in the same ranks.
         prompts_per_step: prompt groups that enter one training step.
         responses_per_prompt: group size G.
         temperature: 0 is greedy. The trainer's log-probs are those of the same tempered distribution.
-        top_p: nucleus sampling; log-probs stay those of the un-truncated distribution.
+        top_p: nucleus sampling; log-probs stay those of the un-truncated distribution, with vLLM those of the nucleus.
+        top_k: sample from this many most likely tokens; 0 is all of them. vLLM only.
         stop: strings that end a response (kept in it), besides the end-of-sequence token.
         max_response_tokens: upper limit; a response cut there has finish_reason "length".
         max_rounds: generation rounds per step that dynamic sampling may use to refill dropped groups.
         dynamic_sampling: drop groups whose rewards are all equal, and refill.
         batch_size: responses decoded at once on a rank.
+
+    What follows is for vLLM.
+
+    Attributes:
+        tensor: consecutive ranks that share one copy of vLLM's weights; it need not be `parallel.tensor`.
+        kv_cache_gb: GiB a rank for keys and values.
+        sleep_level: what vLLM gives back on a GPU while the policy is trained: 1 its keys and values (the weights wait
+            in host memory), 2 its weights too; 0 is nothing.
+        refit_bucket_mb: MiB of weights that travel at once from the policy to vLLM.
+        refit_checksum: compare checksums of the weights over all ranks at every refit.
     """
 
+    engine: Literal["megatron", "vllm"] = "megatron"
     prompts_per_step: int = 32
     responses_per_prompt: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
     stop: tuple[str, ...] = ()
     max_response_tokens: int = 16
     dynamic_sampling: bool = True
     max_rounds: int = 4
     batch_size: int = 512
+    tensor: int = 1
+    kv_cache_gb: float = 1.0
+    sleep_level: int = 2
+    refit_bucket_mb: int = 512
+    refit_checksum: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(self, "prompts_per_step", "max_response_tokens", "max_rounds", "batch_size")
+        _require_positive(self, "tensor", "kv_cache_gb", "refit_bucket_mb")
+        _require(self.sleep_level in (0, 1, 2), f"sleep_level={self.sleep_level} must be 0, 1 or 2")
+        _require(self.top_k >= 0, f"top_k={self.top_k} must be >= 0 (0 is all tokens)")
+        for name, off in (("top_k", 0), ("tensor", 1)):
+            _require(
+                self.engine == "vllm" or getattr(self, name) == off,
+                f"{name}={getattr(self, name)} is for vLLM; set rollout.engine=vllm, or {name}={off}",
+            )
         _require(
             self.responses_per_prompt >= 2,
             f"responses_per_prompt={self.responses_per_prompt} must be >= 2: group-relative advantages need a group",
@@ -464,12 +506,13 @@ def config_warnings(config: RunConfig) -> list[str]:
             "importance ratio is 1 and all objectives have the same gradient; lower "
             "train.mini_batch_prompts or raise train.epochs"
         )
-    if config.rollout.top_p < 1:
-        warnings.append(
-            f"rollout.top_p={config.rollout.top_p} truncates the sampler's distribution, the trainer's "
-            "log-probs are of the whole one: the importance ratio then corrects for the wrong policy; "
-            "top_p=1 is exact"
-        )
+    for name, value, off in (("top_p", config.rollout.top_p, 1), ("top_k", config.rollout.top_k, 0)):
+        if value != off:
+            warnings.append(
+                f"rollout.{name}={value} truncates the sampler's distribution, the trainer's "
+                "log-probs are of the whole one: the importance ratio then corrects for the wrong policy; "
+                f"{name}={off} is exact"
+            )
     return warnings
 
 
@@ -481,6 +524,53 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
             f"{world_size} rank(s) cannot hold parallel.tensor={config.parallel.tensor} x "
             f"parallel.pipeline={config.parallel.pipeline} x parallel.context={config.parallel.context} "
             f"with parallel.expert={config.parallel.expert}; start a multiple of {size} ranks"
+        )
+    if world_size % config.rollout.tensor:
+        raise UserError(
+            f"{world_size} rank(s) cannot be parted into replicas of rollout.tensor={config.rollout.tensor} ranks; "
+            "start a multiple of them"
+        )
+
+
+_LAID_OUT = (
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "moe_ffn_hidden_size",
+    "num_layers",
+    "num_experts",
+)
+
+
+def check_layout(sizes: Mapping[str, int], parallel: ParallelConfig, prefix: str) -> None:
+    """Raise UserError unless a model of these sizes (named as in ModelConfig; `prefix` stands before the names in
+    messages) can be spread as `parallel` says."""
+    for what in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "moe_ffn_hidden_size"):
+        if sizes[what] % parallel.tensor:
+            raise UserError(
+                f"{prefix}{what}={sizes[what]} is not a multiple of parallel.tensor={parallel.tensor}"
+                "; change one of them"
+            )
+    if sizes["num_layers"] % parallel.pipeline:
+        raise UserError(
+            f"{prefix}num_layers={sizes['num_layers']} is not a multiple of parallel.pipeline={parallel.pipeline}"
+            "; change one of them"
+        )
+    experts = sizes["num_experts"]
+    if parallel.expert > 1 and not experts:
+        raise UserError(
+            f"parallel.expert={parallel.expert}, but the model has no experts; set parallel.expert=1, or take a "
+            "model with experts"
+        )
+    if experts % parallel.expert:
+        raise UserError(
+            f"{prefix}num_experts={experts} cannot be spread over parallel.expert={parallel.expert} ranks; "
+            "make it a multiple"
+        )
+    if experts and parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"parallel.tensor={parallel.tensor} with {prefix}num_experts={experts} needs sequence parallelism, "
+            "or every expert would see every token more than once; set parallel.sequence_parallel=true"
         )
 
 
@@ -560,32 +650,17 @@ def _fill_dependent(config: RunConfig) -> RunConfig:
 def _check_together(config: RunConfig) -> None:
     """What depends on several fields at once."""
     model, parallel, rollout, train = config.model, config.parallel, config.rollout, config.train
-    sizes = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "moe_ffn_hidden_size")
-    for what in sizes:
-        if (getattr(model, what) or 0) % parallel.tensor:
-            raise UserError(
-                f"model.{what}={getattr(model, what)} is not a multiple of parallel.tensor={parallel.tensor}"
-                "; change one of them"
-            )
-    if model.num_layers % parallel.pipeline:
+    if not model.hf_path:
+        check_layout({what: getattr(model, what) or 0 for what in _LAID_OUT}, parallel, "model.")
+    if config.data.chat_template and not model.hf_path:
         raise UserError(
-            f"model.num_layers={model.num_layers} is not a multiple of parallel.pipeline={parallel.pipeline}"
-            "; change one of them"
+            "data.chat_template=true needs a tokenizer with a chat template, and the character tokenizer has none; "
+            "set model.hf_path or data.chat_template=false"
         )
-    if parallel.expert > 1 and not model.num_experts:
+    if rollout.engine == "vllm" and model.num_experts:
         raise UserError(
-            f"parallel.expert={parallel.expert}, but the model has no experts; set parallel.expert=1, or "
-            "model.num_experts"
-        )
-    if model.num_experts % parallel.expert:
-        raise UserError(
-            f"model.num_experts={model.num_experts} cannot be spread over parallel.expert={parallel.expert} ranks; "
-            "make it a multiple"
-        )
-    if model.num_experts and parallel.tensor > 1 and not parallel.sequence_parallel:
-        raise UserError(
-            f"parallel.tensor={parallel.tensor} with model.num_experts={model.num_experts} needs sequence parallelism, "
-            "or every expert would see every token more than once; set parallel.sequence_parallel=true"
+            f"rollout.engine=vllm takes model.num_experts={model.num_experts} from model.hf_path only; name one, or "
+            "set rollout.engine=megatron"
         )
     if train.mini_batch_prompts > rollout.prompts_per_step:
         raise UserError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_aspo.config import DataConfig, RunConfig
 from megatron_aspo.errors import UserError
-from megatron_aspo.tokenizer import AsciiTokenizer
+from megatron_aspo.tokenizer import Tokenizer
 from megatron_aspo.types import Prompt
 
 STREAM_SIZE = 1 << 20
@@ -21,7 +21,7 @@ class ReasoningGymPrompts:
     another seed, and a training problem with the same question as a held-out one is skipped.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: AsciiTokenizer, max_prompt_tokens: int) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, max_prompt_tokens: int) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
@@ -33,7 +33,7 @@ class ReasoningGymPrompts:
         self._held_out_texts = {prompt.text for prompt in self.held_out}
 
     @staticmethod
-    def of(config: RunConfig, tokenizer: AsciiTokenizer) -> ReasoningGymPrompts:
+    def of(config: RunConfig, tokenizer: Tokenizer) -> ReasoningGymPrompts:
         """The source of a run: a prompt leaves room for the longest response."""
         room = config.model.max_sequence_length - config.rollout.max_response_tokens
         return ReasoningGymPrompts(config.data, tokenizer, room)
@@ -71,7 +71,7 @@ class ReasoningGymPrompts:
                 f"data.prompt_template: {type(error).__name__} {error}; the fields of {self.config.task} are "
                 f"question, {', '.join(entry['metadata'])}"
             ) from None
-        token_ids = self.tokenizer.encode(text)
+        token_ids = self.tokenizer.encode_prompt(text)
         if len(token_ids) > self.max_prompt_tokens:
             raise UserError(
                 f"a prompt of data.task={self.config.task} has {len(token_ids)} tokens, "

@@ -14,12 +14,12 @@ from megatron_aspo.metrics import sample_metrics
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rewards.reasoning_gym import score
-from megatron_aspo.rollout.megatron import EmbeddedEngine
+from megatron_aspo.rollout.engine import RolloutEngine, build_engine
 from megatron_aspo.run_folder import find_checkpoint
-from megatron_aspo.tokenizer import AsciiTokenizer
+from megatron_aspo.tokenizer import load_tokenizer
 
 
-def evaluate(engine: EmbeddedEngine, prompts: ReasoningGymPrompts, config: EvalConfig) -> dict[str, float]:
+def evaluate(engine: RolloutEngine, prompts: ReasoningGymPrompts, config: EvalConfig) -> dict[str, float]:
     """Scores of the held-out prompts by the task's verifier: `eval/accuracy` and the like are means over
     `responses_per_prompt` samples each (avg@k), `eval/greedy_accuracy` is of one greedy response each."""
     samples = engine.generate(prompts.held_out, config.responses_per_prompt, config.temperature)
@@ -44,12 +44,14 @@ def main(argv: list[str] | None = None) -> int:
         arguments = cli.parse(parser, argv)
         config = cli.parse_run_config(arguments)
         with distributed(config):
-            tokenizer = AsciiTokenizer()
+            tokenizer = load_tokenizer(config)
             prompts = ReasoningGymPrompts.of(config, tokenizer)
             policy = Policy(config, tokenizer.vocab_size)
             path = find_checkpoint(config, arguments.checkpoint)
             checkpoint.load_weights(path, policy)
-            metrics = evaluate(EmbeddedEngine(policy, config.rollout, tokenizer, config.seed), prompts, config.eval)
+            engine = build_engine(policy, config.rollout, tokenizer, config.seed)
+            engine.refit()
+            metrics = evaluate(engine, prompts, config.eval)
             if dist.get_rank() == 0:
                 print(json.dumps({"checkpoint": str(path), **metrics}, indent=1))
         return 0

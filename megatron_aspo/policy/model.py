@@ -1,8 +1,9 @@
-"""From a configuration to Megatron-Core's GPTModel; the one factory of models."""
+"""From a configuration to Megatron-Core's GPTModel; the one factory of models, Hugging Face's among them."""
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -46,37 +47,69 @@ def initialize_parallel(config: ParallelConfig, seed: int) -> None:
     model_parallel_cuda_manual_seed(stage_seed)
 
 
-def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> DistributedDataParallel:
-    """This rank's part of the model, with random weights, wrapped for data parallelism.
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a model.
 
-    With `use_cpu_initialization` the whole weight is drawn before it is cut, so that the weights do not depend
-    on the tensor-parallel size.
+    Attributes:
+        transformer: fields of Megatron's TransformerConfig.
+        inv_freq: [head_dim / 2], the angles per position of rotary embeddings that `rotary_base` does not say.
     """
-    if vocab_size % parallel.tensor:
-        raise UserError(
-            f"the vocabulary of {vocab_size} tokens is not a multiple of parallel.tensor={parallel.tensor}; change it"
-        )
-    transformer = transformer_config(config, parallel)
+
+    transformer: dict[str, Any]
+    rotary_base: float
+    tie_embeddings: bool
+    inv_freq: torch.Tensor | None = None
+
+
+def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> DistributedDataParallel:
+    """This rank's part of the model, with random weights or Hugging Face's, wrapped for data parallelism.
+
+    Random weights do not depend on the tensor-parallel size: with `use_cpu_initialization` the whole weight is drawn
+    before it is cut. So they have no padding; a given vocabulary is padded to a multiple of the tensor-parallel size,
+    with rows of zeros that the caller gives no probability.
+
+    Raises:
+        UserError: a vocabulary or shape that cannot be spread as `parallel` says; a folder of weights that cannot be
+            read, is of an unknown architecture, lacks a tensor or has one too many.
+    """
+    hf: Any = None
+    if config.hf_path:
+        from megatron_aspo.policy import hf  # takes seconds to import
+
+        architecture = hf.read_architecture(config, parallel, vocab_size)
+    else:
+        architecture = _architecture(config)
+        if vocab_size % parallel.tensor:
+            raise UserError(
+                f"the vocabulary of {vocab_size} tokens is not a multiple of parallel.tensor={parallel.tensor}; "
+                "change it"
+            )
+    transformer = transformer_config(config, parallel, architecture)
     gpt = GPTModel(
         config=transformer,
         transformer_layer_spec=_block_spec(transformer),  # type: ignore[arg-type]  (a block's is taken too)
-        vocab_size=vocab_size,
+        vocab_size=vocab_size + -vocab_size % parallel.tensor,
         max_sequence_length=config.max_sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         position_embedding_type="rope",
-        rotary_base=config.rotary_base,  # type: ignore[arg-type]  (an int in the annotation only)
-        share_embeddings_and_output_weights=config.tie_embeddings,
+        rotary_base=architecture.rotary_base,  # type: ignore[arg-type]  (an int in the annotation only)
+        share_embeddings_and_output_weights=architecture.tie_embeddings,
         parallel_output=True,
     )
     # Under context parallelism Megatron would cut the table of rotary angles for batches too, but only packed streams
     # are parted here, and those look their positions up in the whole table; decoding sees whole sequences.
     gpt.rotary_pos_emb.cp_group = None
+    if architecture.inv_freq is not None:
+        gpt.rotary_pos_emb.inv_freq = architecture.inv_freq.to(gpt.rotary_pos_emb.inv_freq.device)
     model: torch.nn.Module = gpt
     if torch.cuda.is_available():
         model = model.cuda()
     if transformer.bf16:
         model = Float16Module(transformer, model)
+    if hf is not None:
+        hf.load_weights(config.hf_path, model)
     ddp = DistributedDataParallel(
         transformer,
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
@@ -86,17 +119,13 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) 
     return ddp
 
 
-def transformer_config(config: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+def transformer_config(config: ModelConfig, parallel: ParallelConfig, architecture: Architecture) -> TransformerConfig:
     """Megatron's configuration. Fusions that need Transformer Engine or apex are off where there is no GPU."""
     on_gpu = torch.cuda.is_available()
     dtype = _DTYPES[config.dtype]
-    return TransformerConfig(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups,
-        init_method_std=config.init_std,
+    transformer = TransformerConfig(
+        **architecture.transformer,
+        **(_expert_settings(config) if architecture.transformer["num_moe_experts"] else {}),
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -112,27 +141,48 @@ def transformer_config(config: ModelConfig, parallel: ParallelConfig) -> Transfo
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True,
+        perform_initialization=not config.hf_path,
         calculate_per_token_loss=True,
         bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        **(_expert_settings(config) if config.num_experts else {}),
+    )
+    # Megatron-Bridge asks the configuration for it.
+    setattr(transformer, "share_embeddings_and_output_weights", architecture.tie_embeddings)  # noqa: B010
+    return transformer
+
+
+def _architecture(config: ModelConfig) -> Architecture:
+    experts = {
+        "moe_router_topk": config.moe_top_k,
+        "moe_ffn_hidden_size": config.expert_hidden_size,
+        # The weights of the chosen experts sum to 1; with one expert they would be 1 and teach the router nothing.
+        "moe_router_pre_softmax": config.moe_top_k == 1,
+    }
+    return Architecture(
+        transformer={
+            "num_layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "ffn_hidden_size": config.ffn_hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_query_groups": config.num_query_groups,
+            "init_method_std": config.init_std,
+            "num_moe_experts": config.num_experts or None,
+            **(experts if config.num_experts else {}),
+        },
+        rotary_base=config.rotary_base,
+        tie_embeddings=config.tie_embeddings,
     )
 
 
 def _expert_settings(config: ModelConfig) -> dict[str, Any]:
     return {
-        "num_moe_experts": config.num_experts,
-        "moe_router_topk": config.moe_top_k,
-        "moe_ffn_hidden_size": config.expert_hidden_size,
         "moe_router_load_balancing_type": "aux_loss" if config.moe_aux_loss_coef else "none",
         "moe_aux_loss_coeff": config.moe_aux_loss_coef,
         "moe_z_loss_coeff": config.moe_z_loss_coef or None,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": torch.cuda.is_available(),
         "moe_router_dtype": "fp32",
-        # The weights of the chosen experts sum to 1; with one expert they would be 1 and teach the router nothing.
-        "moe_router_pre_softmax": config.moe_top_k == 1,
     }
 
 
@@ -167,15 +217,23 @@ def _block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
         if not config.bf16:
             raise UserError("packed attention on a GPU has no float32 kernel; set model.dtype=bfloat16")
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
         )
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=config.num_moe_experts)
+    spec = get_gpt_layer_local_spec(
+        normalization="RMSNorm", num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+    )
     layer: Any = spec.submodules
     if config.num_moe_experts:
         moe = layer.mlp.keywords["submodules"]
-        moe.experts = partial(cpu.build_experts, moe.experts)
+        if config.perform_initialization:
+            moe.experts = partial(cpu.build_experts, moe.experts)
         # Its map gives a dense layer's names in checkpoints; Transformer Engine keeps this norm apart from experts.
         del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.input_layernorm = layer.pre_mlp_layernorm = cpu.RMSNorm
-    layer.self_attention.submodules.core_attention = cpu.PackedAttention
+    attention = layer.self_attention.submodules
+    attention.core_attention = cpu.PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = cpu.RMSNorm
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=cpu.RMSNorm)

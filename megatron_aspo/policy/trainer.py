@@ -99,6 +99,7 @@ class Policy:
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
         initialize_parallel(config.parallel, config.seed)
         self.config = config
+        self.vocab_size = vocab_size
         self.model: Any = build_model(config.model, config.parallel, vocab_size)
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.tp_group: Any = parallel_state.get_tensor_model_parallel_group()
@@ -189,7 +190,7 @@ class Policy:
         """One optimizer update on a mini-batch; adds what it saw to `metrics`."""
         self.optimizer.zero_grad()
         self.model.zero_grad_buffer()
-        if self.config.model.num_experts:
+        if self.model.config.num_moe_experts:
             router_scale = self._router_loss_scale(batches, loss)
             self.model.config.moe_grad_scale_func = lambda: router_scale
         reported = self._forward_backward(batches, partial(self._loss_step, loss), forward_only=False)
@@ -302,6 +303,7 @@ class Policy:
             "loss_mask": _row(batch.loss_mask),
             "tp_group": self.tp_group,
             "temperature": self.config.rollout.temperature,
+            "vocab_size": self.vocab_size,  # the padding beyond has no probability
         }
 
     def _run_with_head(self, model: Any, batch: MicroBatch, head: Any, arguments: dict[str, Any]) -> Any:

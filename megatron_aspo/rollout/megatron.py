@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_aspo.config import RolloutConfig
 from megatron_aspo.policy.trainer import Policy
-from megatron_aspo.tokenizer import AsciiTokenizer
+from megatron_aspo.tokenizer import Tokenizer
 from megatron_aspo.types import Prompt, Sample
 
 
@@ -35,12 +35,12 @@ class _Request:
 class EmbeddedEngine:
     """Samples with Megatron's static key-value cache; all ranks call `generate` together."""
 
-    def __init__(self, policy: Policy, config: RolloutConfig, tokenizer: AsciiTokenizer, seed: int) -> None:
+    def __init__(self, policy: Policy, config: RolloutConfig, tokenizer: Tokenizer, seed: int) -> None:
         self.policy = policy
         self.config = config
         self.tokenizer = tokenizer
         self.seed = seed
-        self._stop_sequences = [(tokenizer.eos_id,), *(tokenizer.encode(text) for text in config.stop)]
+        self._stop_sequences = [*((i,) for i in tokenizer.eos_ids), *(tokenizer.encode(text) for text in config.stop)]
 
     @torch.no_grad()
     def generate(
@@ -70,6 +70,12 @@ class EmbeddedEngine:
                 written += zip((request.index for request in batch), self._decode(batch, temperature), strict=True)
         samples = dict(pair for part in self._gather(written) for pair in part)
         return [samples[i] for i in range(len(requests))]
+
+    def refit(self) -> None:
+        """The weights are the policy's own."""
+
+    def sleep(self) -> None:
+        """Nothing is kept between calls of `generate`."""
 
     def _decode(self, requests: Sequence[_Request], temperature: float) -> list[Sample]:
         """Decode a batch. All rows start at position 0: the shortest prompt is prefilled, and rows with a longer one
@@ -136,7 +142,7 @@ class EmbeddedEngine:
             runtime_gather_output=True,
         )
         if self.policy.is_last_stage:
-            return output[:, -1].float()
+            return output[:, -1, : self.policy.vocab_size].float()  # without the padding
         dist.send(output.contiguous(), dst=self.policy.next_stage)
         return None
 

@@ -48,7 +48,7 @@ def test_the_guard_works() -> None:
         ("rollout.tempreture=1", "rollout.tempreture", "did you mean rollout.temperature?"),
         ("optimiser.lr=1", "optimiser", "did you mean optimizer?"),
         ("lr=1", "unknown setting lr", "known here: name, output_dir, seed, model"),
-        ("model.rms=1", "model.rms", "known here: num_layers"),
+        ("model.rms=1", "model.rms", "known here: hf_path, num_layers"),
         ("loss.objective=gprpo", "loss.objective='gprpo'", "did you mean grpo?"),
         ("loss.aggregation=token_mean", "loss.aggregation='token_mean'", "did you mean token-mean?"),
         ("model.dtype=fp16", "model.dtype='fp16'", "float32, bfloat16"),
@@ -87,6 +87,11 @@ def test_the_guard_works() -> None:
         ("loss.norm_length=0", "loss: norm_length", "> 0"),
         ("rollout.temperature=0", "rollout: temperature=0.0", "> 0"),
         ("rollout.top_p=0", "rollout: top_p=0.0", "(0, 1]"),
+        ("rollout.engine=vlm", "rollout.engine='vlm'", "did you mean vllm?"),
+        ("rollout.top_k=5", "rollout: top_k=5 is for vLLM", "set rollout.engine=vllm"),
+        ("rollout.tensor=2", "rollout: tensor=2 is for vLLM", "set rollout.engine=vllm"),
+        ("rollout.refit_bucket_mb=0", "rollout: refit_bucket_mb=0", "> 0"),
+        ("rollout.sleep_level=3", "rollout: sleep_level=3", "0, 1 or 2"),
         ("rollout.responses_per_prompt=1", "rollout: responses_per_prompt=1", ">= 2"),
         ("rollout.stop=['']", "rollout: stop", "empty string"),
         ("train.steps=-1", "train: steps=-1", ">= 0"),
@@ -104,7 +109,7 @@ def test_the_guard_works() -> None:
         ("parallel.sequence_parallel=true", "parallel: sequence_parallel=true", "parallel.sequence_parallel=false"),
         ("parallel.tensor=3", "model.num_attention_heads=4", "parallel.tensor=3; change one"),
         ("parallel.pipeline=3", "model.num_layers=2", "parallel.pipeline=3; change one"),
-        ("parallel.expert=2", "parallel.expert=2, but the model has no experts", "set parallel.expert=1, or"),
+        ("parallel.expert=2", "parallel.expert=2, but the model has no experts", "set parallel.expert=1, or take a model with experts"),
         ("train.mini_batch_prompts=64", "train.mini_batch_prompts=64", "lower the first or raise the second"),
         ("rollout.max_response_tokens=128", "rollout.max_response_tokens=128", "lower the first or raise the second"),
         ("train.max_tokens_per_micro_batch=64", "train.max_tokens_per_micro_batch=64", "raise it"),
@@ -168,8 +173,8 @@ def test_files(capsys: pytest.CaptureFixture[str], folder: Path, content: str | 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("", "the following arguments are required: train | eval | report; see megatron-aspo --help"),
-        ("trian run.yaml", "invalid choice: 'trian' (choose from 'train', 'eval', 'report'); see megatron-aspo --help"),
+        ("", "the following arguments are required: train | eval | export | check-rollout | report; see megatron-aspo --help"),
+        ("trian run.yaml", "invalid choice: 'trian' (choose from 'train', 'eval', 'export', 'check-rollout', 'report'); see megatron-aspo --help"),
         ("train", "arguments are required: config"),
         ("eval", "see megatron-aspo eval --help"),
         ("report", "arguments are required: run_dir; see megatron-aspo report --help"),
@@ -189,6 +194,11 @@ def test_files(capsys: pytest.CaptureFixture[str], folder: Path, content: str | 
         ("eval run.yaml parallel.pipeline=2 --nproc 1", "start a multiple of 2 ranks"),
         ("train run.yaml parallel.tensor=2 parallel.context=2 --nproc 2", "start a multiple of 4 ranks"),
         ("train run.yaml parallel.expert=4 model.num_experts=4 --nproc 2", "start a multiple of 4 ranks"),
+        (
+            "train run.yaml rollout.engine=vllm rollout.tensor=2 --nproc 3",
+            "3 rank(s) cannot be parted into replicas of rollout.tensor=2 ranks; start a multiple of them",
+        ),
+        ("train run.yaml rollout.engine=vllm model.num_experts=4", "from model.hf_path only; name one, or"),
         ("train run.yaml parallel.expert=2 model.num_experts=3", "model.num_experts=3 cannot be spread over"),
         (
             "train run.yaml parallel.tensor=2 model.num_experts=4",
@@ -264,7 +274,7 @@ PROGRAM = Path(sys.executable).with_name("megatron-aspo")
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "megatron-aspo: the following arguments are required: train | eval | report; see megatron-aspo --help\n"),
+        ([], "megatron-aspo: the following arguments are required: train | eval | export | check-rollout | report; see megatron-aspo --help\n"),
         (["train", "no.yaml"], "megatron-aspo: no configuration file at no.yaml; see examples/ for ones that run\n"),
         (
             ["train", "run.yaml", "train.step=1"],

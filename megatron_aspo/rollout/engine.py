@@ -1,0 +1,43 @@
+"""What samples responses: the one interface of all engines, and the one place that chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_aspo.config import RolloutConfig
+from megatron_aspo.types import Prompt, Sample
+
+if TYPE_CHECKING:
+    from megatron_aspo.policy.trainer import Policy
+    from megatron_aspo.tokenizer import Tokenizer
+
+
+class RolloutEngine(Protocol):
+    """All ranks make the same calls in the same order."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], responses_per_prompt: int, temperature: float, first_group: int = 0
+    ) -> list[Sample]:
+        """`responses_per_prompt` samples of every prompt, in order, the same list on every rank; temperature 0 is
+        greedy. `first_group` numbers the first prompt's group; the next prompts count on from it."""
+        ...
+
+    def refit(self) -> None:
+        """Take over the policy's current weights; due whenever they have changed since the last time."""
+        ...
+
+    def sleep(self) -> None:
+        """Give up memory that is not needed before the next `refit`, which must come before the next `generate`."""
+        ...
+
+
+def build_engine(policy: Policy, config: RolloutConfig, tokenizer: Tokenizer, seed: int) -> RolloutEngine:
+    """The configured engine. One that has weights of its own needs a `refit` before it samples."""
+    if config.engine == "vllm":
+        from megatron_aspo.rollout.vllm import VllmEngine
+
+        return VllmEngine(policy, config, tokenizer, seed)
+    from megatron_aspo.rollout.megatron import EmbeddedEngine
+
+    return EmbeddedEngine(policy, config, tokenizer, seed)

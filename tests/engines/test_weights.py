@@ -1,0 +1,370 @@
+"""Hugging Face weights: there and back to the byte at every layout, the same log-probs, and mistakes in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from ranks import make_samples, run, run_config
+from safetensors.torch import load_file, save_file
+from tiny_models import MODELS, VOCAB, write_model, write_tokenizer
+from torch import Tensor
+
+from megatron_aspo import cli, export
+from megatron_aspo.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_aspo.distributed import distributed
+from megatron_aspo.errors import UserError
+from megatron_aspo.loss import PolicyLossConfig
+from megatron_aspo.policy import checkpoint
+from megatron_aspo.policy.trainer import Policy, UpdateMetrics
+from megatron_aspo.rollout.megatron import EmbeddedEngine
+from megatron_aspo.tokenizer import AsciiTokenizer, HuggingFaceTokenizer
+from megatron_aspo.types import MicroBatch, Prompt
+
+pytestmark = [pytest.mark.engines, pytest.mark.distributed]
+
+SMOLLM2 = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
+DENSE = [name for name in MODELS if name != "qwen3-moe"]
+LAYOUTS = {
+    "tp1": ParallelConfig(),
+    "tp2": ParallelConfig(tensor=2),
+    "pp2": ParallelConfig(pipeline=2),
+    "tp2-pp2": ParallelConfig(tensor=2, pipeline=2),
+    "tp2-sp": ParallelConfig(tensor=2, sequence_parallel=True),
+}
+EXPERT_LAYOUTS = {
+    "ep2": ParallelConfig(expert=2),
+    "ep2-tp2": ParallelConfig(expert=2, tensor=2, sequence_parallel=True),
+    "ep2-pp2": ParallelConfig(expert=2, pipeline=2),
+    "ep2-tp2-pp2": ParallelConfig(expert=2, tensor=2, pipeline=2, sequence_parallel=True),
+}
+
+
+def config_of(folder: Path, parallel: ParallelConfig, **settings: Any) -> RunConfig:
+    return run_config(parallel, model=ModelConfig(hf_path=str(folder), **{"max_sequence_length": 64, **settings}))
+
+
+@contextlib.contextmanager
+def policy_of(config: RunConfig, vocab_size: int = VOCAB) -> Iterator[Policy]:
+    """One policy of several that a world has in turn."""
+    try:
+        yield Policy(config, vocab_size)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def weights_of(policy: Policy) -> dict[str, Tensor]:
+    from megatron_aspo.policy.hf import export_weights
+
+    return {name: tensor.clone() for name, tensor in export_weights(policy)}
+
+
+def difference(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are on one side only, or are not the same to the bit."""
+    same = {name for name in weights.keys() & expected.keys() if torch.equal(weights[name], expected[name])}
+    return sorted((weights.keys() | expected.keys()) - same)
+
+
+@torch.no_grad()
+def logprob_error(folder: Path, batches: list[MicroBatch]) -> float:
+    """max |log-prob by Megatron − by transformers| over the responses of packed streams."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    worst = 0.0
+    for batch in batches:
+        assert batch.old_logprobs is not None
+        bounds = batch.cu_seqlens.tolist()
+        for start, end in itertools.pairwise(bounds):
+            mask = batch.loss_mask[start:end].bool()
+            if mask.any():
+                logits = model(batch.tokens[None, start:end]).logits[0].float()
+                expected = logits.log_softmax(-1).gather(1, batch.labels[start:end, None])[:, 0]
+                worst = max(worst, float((expected - batch.old_logprobs[start:end])[mask].abs().max()))
+    return worst
+
+
+def there_and_back(
+    folders: list[Path], parallel: ParallelConfig, vocab_size: int = VOCAB, dtype: str = "float32"
+) -> list[tuple[list[str], float]]:
+    """For each folder the tensors that came back different, and the error of the log-probs on this rank."""
+    results: list[tuple[list[str], float]] = []
+    config = config_of(folders[0], parallel, dtype=dtype)
+    with distributed(config):
+        for folder in folders:
+            with policy_of(config_of(folder, parallel, dtype=dtype), vocab_size) as policy:
+                batches = policy.pack(make_samples())
+                policy.fill_logprobs(batches, "old_logprobs")
+                stored = load_file(folder / "model.safetensors")
+                expected = {name: tensor.to(policy.model.config.params_dtype) for name, tensor in stored.items()}
+                error = logprob_error(folder, batches) if policy.is_last_stage else 0.0
+                results.append((difference(weights_of(policy), expected), error))
+    return results
+
+
+@functools.cache
+def dense_results(tiny: Path, layout: str) -> list[list[tuple[list[str], float]]]:
+    parallel = LAYOUTS[layout]
+    return run(parallel.model_parallel_size, there_and_back, [tiny / name for name in DENSE], parallel)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", DENSE)
+def test_there_and_back(name: str, layout: str, tiny: Path) -> None:
+    for rank in dense_results(tiny, layout):
+        different, error = rank[DENSE.index(name)]
+        assert different == []
+        assert error <= 1e-5
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_there_and_back_with_experts(layout: str, tiny: Path) -> None:
+    parallel = EXPERT_LAYOUTS[layout]
+    for ((different, error),) in run(parallel.model_parallel_size, there_and_back, [tiny / "qwen3-moe"], parallel):
+        assert different == []
+        assert error <= 1e-5
+
+
+def test_bfloat16_there_and_back(tiny: Path) -> None:
+    for results in run(2, there_and_back, [tiny / "qwen3"], ParallelConfig(tensor=2), VOCAB, "bfloat16"):
+        assert results[0][0] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="make smollm2 fetches it")
+@pytest.mark.parametrize("layout", ["tp1", "pp2"])
+def test_smollm2(layout: str) -> None:
+    parallel = LAYOUTS[layout]
+    for ((different, error),) in run(parallel.model_parallel_size, there_and_back, [SMOLLM2], parallel, 49152):
+        assert different == []
+        assert error <= 2e-4
+
+
+def gradients(folder: Path, parallel: ParallelConfig) -> dict[str, Tensor]:
+    """Of a whole update, in Hugging Face's names, without data parallelism."""
+    config = config_of(folder, parallel)
+    with distributed(config), policy_of(config) as policy:
+        policy.train_step(policy.pack(make_samples()), PolicyLossConfig(), UpdateMetrics())
+        policy._assign([parameter.main_grad for parameter in policy.model.parameters()])
+        return weights_of(policy)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2", "qwen3"])
+def test_the_gradients_do_not_depend_on_the_layout(name: str, tiny: Path) -> None:
+    (expected,) = run(1, gradients, tiny / name, ParallelConfig())
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    for layout in ("tp2", "tp2-sp", "pp2"):
+        for found in run(2, gradients, tiny / name, LAYOUTS[layout]):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=lambda m, at=layout: f"{at}: {m}")
+
+
+def sampled(folder: Path, parallel: ParallelConfig) -> tuple[list[Any], float]:
+    """Sampled tokens, and max |log-prob by the sampler − by the trainer|."""
+    config = config_of(folder, parallel)
+    prompts = [Prompt(i, "", tuple(range(1, 4 + i)), {}) for i in range(6)]
+    with distributed(config), policy_of(config) as policy:
+        samples = EmbeddedEngine(policy, config.rollout, AsciiTokenizer(), seed=1).generate(prompts, 4, 1.0)
+        batches = policy.pack(samples)
+        policy.fill_logprobs(batches, "old_logprobs")
+        error = 0.0
+        for batch in batches if policy.is_last_stage else []:
+            assert batch.old_logprobs is not None
+            assert batch.rollout_logprobs is not None
+            error = max(error, float(((batch.old_logprobs - batch.rollout_logprobs) * batch.loss_mask).abs().max()))
+        return [sample.token_ids for sample in samples], error
+
+
+def test_padding_of_the_vocabulary_is_never_sampled_and_has_no_probability(tiny: Path) -> None:
+    # The padding's logits are 0, a usual value here: they would take a share of the probability.
+    ((expected, _),) = run(1, sampled, tiny / "llama", ParallelConfig())
+    for tokens, error in run(2, sampled, tiny / "llama", ParallelConfig(tensor=2)):
+        assert tokens == expected
+        assert error <= 1e-5
+
+
+UPDATE = OptimizerConfig(lr=1e-3, lr_warmup_updates=0)
+
+
+def update(policy: Policy) -> None:
+    policy.train_step(policy.pack(make_samples()), PolicyLossConfig(), UpdateMetrics())
+
+
+def trained(folder: Path, parallel: ParallelConfig, runs: Path) -> dict[str, Tensor]:
+    """Weights after three updates; after two there is a checkpoint."""
+    config = replace(config_of(folder, parallel), optimizer=UPDATE)
+    with distributed(config), policy_of(config) as policy:
+        update(policy)
+        update(policy)
+        checkpoint.save(runs, 2, policy, {})
+        update(policy)
+        return weights_of(policy)
+
+
+def resumed(folder: Path, parallel: ParallelConfig, runs: Path) -> dict[str, Tensor]:
+    """Weights after the third update, the first two from the checkpoint."""
+    config = replace(config_of(folder, parallel), optimizer=UPDATE)
+    with distributed(config), policy_of(config) as policy:
+        checkpoint.load(runs / "step_000002", policy)
+        update(policy)
+        return weights_of(policy)
+
+
+def test_a_checkpoint_is_resumed_where_the_vocabulary_is_padded_otherwise(tiny: Path, tmp_path: Path) -> None:
+    layouts = (LAYOUTS["tp1"], LAYOUTS["tp2"])
+    for one, other in (layouts, layouts[::-1]):
+        runs = tmp_path / f"from{one.tensor}"
+        expected = run(one.model_parallel_size, trained, tiny / "qwen3", one, runs)[0]
+        for found in run(other.model_parallel_size, resumed, tiny / "qwen3", other, runs):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+def refusals(folders: list[Path], parallel: ParallelConfig, settings: dict[str, Any]) -> list[str]:
+    """What building a policy from each folder is refused with."""
+    messages: list[str] = []
+    with distributed(config_of(folders[0], parallel)):
+        for folder in folders:
+            with pytest.raises(UserError) as caught, policy_of(config_of(folder, parallel, **settings)):
+                pass
+            messages.append(str(caught.value))
+    return messages
+
+
+def changed_copy(source: Path, folder: Path, add: str = "", drop: str = "") -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    if drop:
+        del tensors[drop]
+    save_file(tensors | ({add: torch.zeros(3)} if add else {}), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_missing_or_extra_tensor_is_named_on_every_rank(tiny: Path, tmp_path: Path) -> None:
+    last, first = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+    cases = {
+        f"lacks the tensor(s) {last}": changed_copy(tiny / "llama", tmp_path / "a", drop=last),
+        f"lacks the tensor(s) {first}": changed_copy(tiny / "llama", tmp_path / "b", drop=first),
+        "lacks the tensor(s) lm_head.weight": changed_copy(tiny / "llama", tmp_path / "c", drop="lm_head.weight"),
+        "has the tensor(s) model.layers.7.odd": changed_copy(tiny / "llama", tmp_path / "d", add="model.layers.7.odd"),
+        "has the tensor(s) model.layers.0.self_attn.q_proj.bias": changed_copy(
+            tiny / "qwen3", tmp_path / "e", add="model.layers.0.self_attn.q_proj.bias"
+        ),
+    }
+    for messages in run(2, refusals, list(cases.values()), ParallelConfig(pipeline=2), {}):
+        for message, text in zip(messages, cases, strict=True):
+            assert text in message
+    lost = "model.layers.1.mlp.experts.3.down_proj.weight"  # rank 1's, and its error is told by rank 0
+    folder = changed_copy(tiny / "qwen3-moe", tmp_path / "f", drop=lost)
+    assert all(lost in m for (m,) in run(2, refusals, [folder], ParallelConfig(expert=2), {}))
+
+
+def test_what_cannot_be_read_or_computed_is_one_line(tiny: Path, tmp_path: Path) -> None:
+    def other(name: str, **fields: Any) -> Path:
+        """The config.json of model llama with other fields."""
+        folder = tmp_path / name
+        folder.mkdir()
+        config = json.loads((tiny / "llama" / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+        return folder
+
+    broken = other("broken")
+    (broken / "config.json").write_text("{")
+    cut = changed_copy(tiny / "llama", tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((tiny / "llama" / "model.safetensors").read_bytes()[:-100])
+    wide = changed_copy(tiny / "llama", tmp_path / "wide")
+    (wide / "config.json").write_text(json.dumps(json.loads((wide / "config.json").read_text()) | {"hidden_size": 48}))
+    without_a_shard = changed_copy(tiny / "llama", tmp_path / "shards")
+    (without_a_shard / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"model.norm.weight": "b.safetensors"}}'
+    )
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    cases = {
+        "cannot read model.hf_path=": tmp_path / "nowhere" / "at" / "all",
+        f"cannot read model.hf_path={broken}": broken,
+        "it has no *.safetensors": other("empty"),
+        "not fully covered": cut,
+        "No such file": without_a_shard,
+        "lm_head.weight has the shape (131, 32), its config.json says (131, 48)": wide,
+        "is a GPT2LMHeadModel, which is not supported": other("gpt2", architectures=["GPT2LMHeadModel"]),
+        "rope_type=yarn": other("yarn", rope_parameters=yarn),
+        "hidden_act=gelu": other("gelu", hidden_act="gelu"),
+        "exceeds the 32 positions": other("short", max_position_embeddings=32),
+        "a bias in its MLP": other("bias", mlp_bias=True),
+    }
+    (messages,) = run(1, refusals, list(cases.values()), ParallelConfig(), {})
+    for message, text in zip(messages, cases, strict=True):
+        assert text in message
+        assert "\n" not in message
+    three = write_model("llama", tmp_path / "three", num_attention_heads=3, num_key_value_heads=1, hidden_size=36)
+    one_kv = write_model("llama", tmp_path / "one_kv", num_key_value_heads=1)
+    for heads, groups in run(2, refusals, [three, one_kv], ParallelConfig(tensor=2), {}):
+        assert "num_attention_heads=3 is not a multiple of parallel.tensor=2" in heads
+        assert "num_query_groups=1 is not a multiple of parallel.tensor=2" in groups
+
+
+def write_checkpoint(config: RunConfig) -> dict[str, Tensor]:
+    """Weights other than those it came with, saved as step 3."""
+    with distributed(config), policy_of(config) as policy:
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                parameter += torch.randn(parameter.shape, generator=generator)
+        checkpoint.save(config.run_dir / "checkpoints", 3, policy, {})
+        return weights_of(policy)
+
+
+def run_export(arguments: list[str], shard_bytes: int) -> tuple[int, str]:
+    from megatron_aspo.policy import hf
+
+    hf.MAX_SHARD_BYTES = shard_bytes
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        return export.main(arguments), stderr.getvalue()
+
+
+def test_export_writes_what_transformers_loads(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = write_model("qwen3", tmp_path / "source")
+    write_tokenizer(source)
+    config = replace(config_of(source, ParallelConfig(), dtype="bfloat16"), output_dir=str(tmp_path))
+    (expected,) = run(1, write_checkpoint, config)
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(
+        f"name: test\noutput_dir: {tmp_path}\nmodel: {{hf_path: {source}, dtype: bfloat16, max_sequence_length: 64}}\n"
+        "parallel: {tensor: 2}\n"
+    )
+    for folder, shard_bytes, files in ((tmp_path / "one", 1 << 30, 1), (tmp_path / "many", 20_000, 3)):
+        assert [code for code, _ in run(2, run_export, [str(yaml), str(folder)], shard_bytes)] == [0, 0]
+        found = AutoModelForCausalLM.from_pretrained(folder)
+        assert found.dtype == torch.bfloat16
+        assert difference(dict(found.state_dict()), expected) == []
+        assert len(list(folder.glob("*.safetensors"))) >= files
+        assert AutoTokenizer.from_pretrained(folder).chat_template
+        assert sorted(p.name for p in source.iterdir() if p.suffix == ".json") == sorted(
+            p.name for p in folder.iterdir() if p.suffix == ".json" and "index" not in p.name
+        )
+    assert cli.main(["export", str(yaml), str(tmp_path / "one")]) == 2
+
+
+def test_tokenizer(tmp_path: Path) -> None:
+    write_model("llama", tmp_path)
+    write_tokenizer(tmp_path)
+    plain, chat = HuggingFaceTokenizer(str(tmp_path)), HuggingFaceTokenizer(str(tmp_path), chat_template=True)
+    assert plain.vocab_size == VOCAB
+    assert plain.eos_ids[0] == 129
+    assert plain.encode("1+2") == tuple(b"1+2")
+    assert chat.encode_prompt("1+2") == (128, 130, *b"1+2", ord(">"))
+    assert chat.decode((*b"3", 129)) == "3"
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template"):
+        HuggingFaceTokenizer(str(tmp_path), chat_template=True)
