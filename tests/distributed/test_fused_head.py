@@ -34,7 +34,7 @@ from megatron_aspo.distributed import distributed
 from megatron_aspo.loss import LossOutput, fused_linear_logprobs, fused_linear_policy_loss, response_terms_of
 from megatron_aspo.packing import stream_part
 from megatron_aspo.policy import model, trainer
-from megatron_aspo.policy.model import initialize_parallel, transformer_config
+from megatron_aspo.policy.model import _architecture, initialize_parallel, transformer_config
 
 pytestmark = pytest.mark.distributed
 
@@ -580,7 +580,7 @@ def accumulate(overlap: bool) -> list[tuple[Any, float, bool]]:
                 layer = Output(place.shard(batches[0].weight), tied)
                 before = layer.weight.detach().clone()
                 ddp = DistributedDataParallel(
-                    transformer_config(config.model, config.parallel),
+                    transformer_config(config.model, config.parallel, _architecture(config.model)),
                     DistributedDataParallelConfig(
                         grad_reduce_in_fp32=dtype != torch.float64, overlap_grad_reduce=overlap
                     ),
