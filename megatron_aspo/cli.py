@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_aspo import __version__
-from megatron_aspo.config import RunConfig, check_world_size, load_config
+from megatron_aspo.config import RunConfig, check_world_size, colocated, load_config
 from megatron_aspo.errors import UserError
 from megatron_aspo.run_folder import find_checkpoint, find_resume, make_folders
 
@@ -42,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         sub = commands.add_parser(name, help=help_text, description=help_text)
         add_arguments(sub)
-        sub.add_argument("--nproc", type=int, help="ranks on this host (default: tensor x pipeline)")
+        sub.add_argument(
+            "--nproc",
+            type=int,
+            help="ranks on this host (default: the fewest possible)",
+        )
     report = commands.add_parser("report", help="write report.html and report.png of a run")
     report.add_argument("run_dir", type=Path, help="runs/<name>")
 
@@ -141,7 +145,10 @@ def _run_ranks(arguments: argparse.Namespace) -> int:
     from megatron_aspo.launch import run_local
 
     config = parse_run_config(arguments)
-    ranks = config.parallel.model_parallel_size if arguments.nproc is None else arguments.nproc
+    if arguments.command != "train":
+        config = colocated(config)
+    least = config.parallel.model_parallel_size + config.rollout.ranks
+    ranks = least if arguments.nproc is None else arguments.nproc
     if ranks < 1:
         raise UserError(f"--nproc={ranks} must be >= 1")
     check_world_size(config, ranks)

@@ -30,7 +30,7 @@ from megatron_aspo.mismatch import measure_mismatch
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
 from megatron_aspo.rollout.engine import build_engine
 from megatron_aspo.rollout.megatron import EmbeddedEngine
-from megatron_aspo.rollout.vllm import VllmEngine
+from megatron_aspo.rollout.vllm import PolicyWeights, VllmEngine
 from megatron_aspo.tokenizer import AsciiTokenizer
 from megatron_aspo.train import train
 from megatron_aspo.types import Prompt, Sample
@@ -191,7 +191,7 @@ def sample_with_stops(config: RunConfig) -> tuple[list[Sample], list[Sample], li
     """Free responses, the same with stop sequences of one and two tokens, and 64 a prompt from the top 3."""
     with distributed(config):
         policy = Policy(config, VOCAB)
-        engine = VllmEngine(policy, config.rollout, AsciiTokenizer(), seed=1)
+        engine = VllmEngine(PolicyWeights(policy), config.model, config.rollout, AsciiTokenizer(), seed=1)
         engine.refit()
         free = engine.generate(make_prompts(), 4, 1.0)
         two = free[0].token_ids[3:5]
