@@ -1,4 +1,4 @@
-"""Rollouts in ranks of their own: which weights wrote what, the same run to the bit, and what happens when a side dies."""
+"""Rollouts in ranks of their own: which weights wrote what, the same run to the bit, and a side that dies."""
 
 from __future__ import annotations
 
@@ -271,8 +271,8 @@ def test_a_run_whose_rollout_rank_is_killed_ends_and_resumes_to_the_bit(tmp_path
     assert killed.returncode == 1
     lines = [line for line in stderr.splitlines() if line.startswith("megatron-aspo: rank")]
     assert lines == [
-        "megatron-aspo: rank 1 was ended by SIGKILL; the others are stopped too. Continue from the last checkpoint with "
-        "--resume auto"
+        "megatron-aspo: rank 1 was ended by SIGKILL; the others are stopped too. Continue from the last checkpoint "
+        "with --resume auto"
     ]
     assert "Traceback" not in stderr
     assert steps_done(tmp_path / "killed") < 8
