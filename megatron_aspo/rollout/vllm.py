@@ -125,7 +125,6 @@ class VllmEngine:
         ]
         mine = requests[self._replica :: self._replicas]
         with _outside_megatron():
-            self._forget()
             outputs = self._run(mine, temperature) if mine else []
         written = [self._sample(request, output) for request, output in zip(mine, outputs, strict=True)]
         samples: list[Sample | None] = [None] * len(requests)
@@ -152,14 +151,10 @@ class VllmEngine:
             if self._asleep:
                 self._llm.wake_up(tags=["kv_cache"])
                 self._asleep = False
-            self._forget()
+            # Keys and values that the old weights made must not serve the new ones.
+            if not self._llm.reset_prefix_cache():
+                raise WeightSyncError("vLLM did not reset its prefix cache: requests are still running")
         self.weight_version = version
-
-    def _forget(self) -> None:
-        """Keys and values that old weights made must not serve the new ones; nor may what was sampled before decide
-        what is computed anew: that rounds differently, and a resumed run would not be the same to the bit."""
-        if not self._llm.reset_prefix_cache():
-            raise WeightSyncError("vLLM did not reset its prefix cache: requests are still running")
 
     def sleep(self) -> None:
         """Free vLLM's key-value cache, and its weights at `sleep_level` 2, until the next `refit`. Nothing on a CPU."""
