@@ -247,6 +247,8 @@ def _start(model: ModelConfig, vocab_size: int, config: RolloutConfig, seed: int
                 tensor_parallel_size=config.tensor,
                 distributed_executor_backend="external_launcher",
                 enforce_eager=on_cpu,
+                # A prompt that is read in two parts draws a random number too many, and on a CPU vLLM fails there.
+                enable_chunked_prefill=not on_cpu,
                 enable_sleep_mode=not on_cpu and config.sleep_level > 0 and not config.ranks,
                 logprobs_mode="processed_logprobs",
                 seed=seed,
