@@ -125,14 +125,14 @@ def overlap(one: tuple[float, float], other: tuple[float, float]) -> float:
 
 LAYOUTS = {
     "1 + 1": (1, ParallelConfig(), {"ranks": 1}),
-    "tp2 + tp2": (2, ParallelConfig(tensor=2), {"ranks": 2, "tensor": 2}),
-    "dp2 + 2 replicas": (2, ParallelConfig(), {"ranks": 2}),
+    "1 + tp2": (1, ParallelConfig(), {"ranks": 2, "tensor": 2}),
+    "tp2 + 2 replicas": (2, ParallelConfig(tensor=2), {"ranks": 2}),
 }
 
 
 @pytest.mark.parametrize(
     ("layout", "max_staleness"),
-    [("1 + 1", 0), ("1 + 1", 1), ("1 + 1", 2), ("tp2 + tp2", 1), ("dp2 + 2 replicas", 1)],
+    [("1 + 1", 0), ("1 + 1", 1), ("1 + 1", 2), ("1 + tp2", 1), ("tp2 + 2 replicas", 1)],
 )
 def test_every_batch_is_written_by_the_weights_it_should_be(layout: str, max_staleness: int) -> None:
     training, parallel, rollout = LAYOUTS[layout]
