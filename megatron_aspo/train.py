@@ -20,7 +20,7 @@ from megatron_aspo.mismatch import measure_mismatch
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
 from megatron_aspo.rewards.reasoning_gym import score
-from megatron_aspo.rollout.engine import RolloutEngine, build_engine
+from megatron_aspo.rollout.engine import RolloutEngine, build_engine, check_engine
 from megatron_aspo.run_folder import checkpoints_folder, find_resume, make_folders, read_meta
 from megatron_aspo.tokenizer import load_tokenizer
 from megatron_aspo.types import MicroBatch, Sample
@@ -29,6 +29,7 @@ from megatron_aspo.warmup import warm_up
 
 def train(config: RunConfig, argv: list[str]) -> None:
     """Run `config.train.steps` steps of ASPO: sample, score, compare within groups, update, and again."""
+    check_engine(config.rollout)
     make_folders(config)
     resume_from = find_resume(config)
     resume_step = int(read_meta(resume_from)["step"]) if resume_from else None

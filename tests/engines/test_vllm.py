@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from ranks import VOCAB, ends, run, run_config
+from ranks import VOCAB, run, run_config
 from tiny_models import write_model
 
 from megatron_aspo.check_rollout import Verdict, check_rollout
@@ -187,37 +186,17 @@ def test_memory_stays_flat_over_refits() -> None:
     assert np.median(sizes[-15:]) < 1.01 * usual  # a tensor that was kept each time would show
 
 
-def sample_with_stops(config: RunConfig) -> tuple[list[Sample], list[Sample], list[Sample]]:
-    """Free responses, the same with stop sequences of one and two tokens, and 64 a prompt from the top 3."""
+def sample_from_the_top(config: RunConfig) -> list[Sample]:
+    """64 responses a prompt, from the top 3."""
     with distributed(config):
         policy = Policy(config, VOCAB)
         engine = VllmEngine(policy, config.rollout, AsciiTokenizer(), seed=1)
         engine.refit()
-        free = engine.generate(make_prompts(), 4, 1.0)
-        two = free[0].token_ids[3:5]
-        one = next(s.token_ids[2:3] for s in free[1:] if len(s.token_ids) > 3)
-        engine._stop_sequences += [one, two]
-        stopped = engine.generate(make_prompts(), 4, 1.0)
-        engine._stop_sequences = engine._stop_sequences[:1]
-        engine.config = replace(config.rollout, top_k=3)
-        return free, stopped, engine.generate(make_prompts(4), 64, 1.0)
+        return engine.generate(make_prompts(4), 64, 1.0)
 
 
-def test_responses_end_at_stop_sequences_and_top_k_keeps_to_the_top() -> None:
-    free, stopped, top = run(1, sample_with_stops, vllm_config())[0]
-    two = free[0].token_ids[3:5]
-    one = next(s.token_ids[2:3] for s in free[1:] if len(s.token_ids) > 3)
-    for whole, cut in zip(free, stopped, strict=True):
-        ends_at = [
-            end
-            for end in range(1, len(whole.token_ids) + 1)
-            if whole.token_ids[:end][-1:] in (one, (AsciiTokenizer.eos_id,)) or whole.token_ids[:end][-2:] == two
-        ]
-        expected = ends_at[0] if ends_at else len(whole.token_ids)
-        assert cut.token_ids == whole.token_ids[:expected]
-        assert cut.finish_reason == ("stop" if ends_at else "length")
-        assert cut.rollout_logprobs is not None
-        assert len(cut.rollout_logprobs) == expected
+def test_top_k_keeps_to_the_top() -> None:
+    top = run(1, sample_from_the_top, vllm_config(top_k=3))[0]
     for i in range(4):
         first = {sample.token_ids[0] for sample in top[64 * i : 64 * (i + 1)]}
         assert len(first) == 3
@@ -269,27 +248,3 @@ def test_a_training_run(tmp_path: Path) -> None:
 def train_in_a_world(config: RunConfig) -> None:
     with distributed(config):
         train(config, [])
-
-
-def without_vllm(argv: list[str]) -> None:
-    import importlib.metadata
-
-    def absent(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    importlib.metadata.version = absent
-    from megatron_aspo.train import main
-
-    os._exit(main(argv))
-
-
-def test_without_vllm_one_line_says_so(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("name: t\nrollout: {engine: vllm}\n")
-    ((code, output),) = ends(1, without_vllm, [str(tmp_path / "run.yaml"), f"output_dir={tmp_path}"])
-    assert code == 2
-    assert [line for line in output.splitlines() if line.startswith("megatron-aspo:")] == [
-        "megatron-aspo: rollout.engine=vllm needs vLLM, which is not installed; make install brings its build for "
-        "CPUs, "
-        "or set rollout.engine=megatron"
-    ]
-    assert "Traceback" not in output
