@@ -40,6 +40,8 @@ def train(config: RunConfig, argv: list[str]) -> None:
     steps = config.train.steps
 
     with Journal(config, argv, resume_step, dist.get_rank() == 0) as journal:
+        if prompts.held_out_overlong:
+            journal.say(f"data.overlong_prompts=filter: {prompts.held_out_overlong} held-out prompts are left out")
         if config.warmup.updates and (resume_from is None or config.loss.kl_coef):
             warm_up(policy, config, journal)
         if config.loss.kl_coef:
@@ -118,8 +120,10 @@ def sample_groups(
     for group in kept:
         fill_group_advantages(group)
     tokens = sum(len(sample.token_ids) for sample in sampled)
+    filtered = {"data/overlong_prompts": float(prompts.overlong)} if config.data.overlong_prompts == "filter" else {}
     return kept, {
         **sample_metrics(sampled, "rollout"),
+        **filtered,
         "rollout/tokens_per_second": tokens / clock["rollout"],
         "rollout/rounds": float(rounds),
         "rollout/groups_kept": float(len(kept)),
