@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run, run_config
 
 from megatron_aspo.check_rollout import Verdict, check_rollout
@@ -18,6 +20,7 @@ from megatron_aspo.config import (
     TrainConfig,
 )
 from megatron_aspo.distributed import distributed
+from megatron_aspo.policy.hf import export_weights
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
 from megatron_aspo.rollout.vllm import VllmEngine
 from megatron_aspo.tokenizer import HuggingFaceTokenizer
@@ -91,3 +94,45 @@ def test_logprobs_before_and_after_updates(dtype: Any, mean: float, k3: float) -
     assert isinstance(stale, Verdict)
     assert stale.numbers["logprob_diff"] > 2 * mean, str(stale)
     assert stale.causes[0].startswith("stale weights"), str(stale)
+
+
+def seconds_of_refits(config: RunConfig) -> dict[str, float]:
+    """The least CPU seconds of five runs each, all of one thread: of copying as many bytes, of exporting the weights,
+    of a whole refit. Other processes cost wall time, but none of these."""
+    with distributed(config):
+        tokenizer = HuggingFaceTokenizer(config.model.hf_path)
+        policy = Policy(config, tokenizer.vocab_size)
+        engine = VllmEngine(policy, config.rollout, tokenizer, seed=1)
+        engine.refit()
+        assert engine.last_sync is not None
+        assert torch.get_num_threads() == 1
+        source = torch.ones(engine.last_sync.bytes, dtype=torch.uint8)
+        target = torch.zeros_like(source)
+
+        def export() -> None:
+            for _ in export_weights(policy):
+                pass
+
+        found = {"bytes": float(engine.last_sync.bytes)}
+        for name, action in (("copy", lambda: target.copy_(source)), ("export", export), ("refit", engine.refit)):
+            times: list[float] = []
+            for _ in range(5):
+                before = time.process_time()
+                action()
+                times.append(time.process_time() - before)
+            found[name] = min(times)
+        return found
+
+
+def test_how_long_a_refit_takes() -> None:
+    """Ours, the export, takes less than copying the weights twice. The rest is vLLM's: on a CPU it makes oneDNN's
+    packed copy of every matrix, which alone takes as long as four copies."""
+    config = run_config(
+        model=ModelConfig(hf_path=str(SMOLLM2), dtype="bfloat16", max_sequence_length=128),
+        rollout=RolloutConfig(engine="vllm", max_response_tokens=24, batch_size=16, kv_cache_gb=0.1),
+        train=TrainConfig(max_tokens_per_micro_batch=512),
+    )
+    (found,) = run(1, seconds_of_refits, config)
+    assert found["bytes"] > 250e6
+    assert found["export"] < 2 * found["copy"], found
+    assert found["refit"] < 16 * found["copy"], found
