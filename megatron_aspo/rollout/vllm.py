@@ -123,9 +123,6 @@ class VllmEngine:
             if self._asleep:
                 self._llm.wake_up(tags=["kv_cache"])
                 self._asleep = False
-            # Keys and values that the old weights made must not serve the new ones.
-            if not self._llm.reset_prefix_cache():
-                raise WeightSyncError("vLLM did not reset its prefix cache: requests are still running")
         self.weight_version = version
 
     def sleep(self) -> None:
@@ -150,6 +147,10 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
+        # Keys and values that old weights made must not serve new ones. Those of the same weights would make responses
+        # depend, by rounding, on what was sampled before, and a resumed run would not be the same.
+        if not engine.reset_prefix_cache():
+            raise RunError("vLLM did not reset its prefix cache: requests are still running")
         for i, request in enumerate(requests):
             params = SamplingParams(
                 temperature=temperature,
