@@ -202,7 +202,7 @@ def _start(policy: Policy, config: RolloutConfig, seed: int) -> Any:
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
-    _register_transfer()
+    _register_transfer(policy.device.type == "cpu")
     if policy.device.type == "cpu":
         _check_head_size(policy.model.config.kv_channels)
         _name_shared_memory()
@@ -271,7 +271,7 @@ def _name_shared_memory() -> None:
     shared.make_group_name = staticmethod(lambda communicator: name[0] + theirs(communicator).replace("/", ""))
 
 
-def _register_transfer() -> None:
+def _register_transfer(on_cpu: bool) -> None:
     """Make vLLM's weight-transfer API take tensors of the same process."""
     from vllm.distributed.weight_transfer.base import (
         WeightTransferEngine,
@@ -279,6 +279,7 @@ def _register_transfer() -> None:
         WeightTransferUpdateInfo,
     )
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     if _BACKEND in WeightTransferEngineFactory._registry:
@@ -300,6 +301,10 @@ def _register_transfer() -> None:
 
         def start_weight_update(self) -> None:
             self.loaded: set[str] = set()
+            for layer in self.model.modules() if on_cpu else ():
+                if isinstance(method := getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod):
+                    # On a CPU experts are packed when their kernel is made, and with a kernel there never again.
+                    method.moe_kernel = None
             initialize_layerwise_reload(self.model)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:

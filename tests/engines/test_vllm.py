@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,32 +140,36 @@ def test_logprobs_and_greedy_responses_are_the_trainers_before_and_after_updates
     assert everyones[0]["sync"].buckets > 1
 
 
-def logprobs_before_and_after(config: RunConfig, vocab_size: int) -> tuple[float, float, float]:
-    """Largest |d| of the initial weights, of updated ones, and of updated ones with vLLM refitted."""
+def logprobs_before_and_after(config: RunConfig, vocab_size: int) -> list[dict[str, float]]:
+    """The mismatch of the initial weights, of updated ones, and of updated ones with vLLM refitted."""
     with distributed(config):
         policy = Policy(config, vocab_size)
         engine = build_engine(policy, config.rollout, AsciiTokenizer(), seed=1)
         engine.refit()
         samples = engine.generate(make_prompts(), 2, 0.7)
-        fresh = mismatch(policy, samples)["logprob_diff_max"]
+        fresh = mismatch(policy, samples)
         update(policy, samples, 2)
-        stale = mismatch(policy, samples)["logprob_diff_max"]
+        stale = mismatch(policy, samples)
         engine.refit()
-        return fresh, stale, mismatch(policy, engine.generate(make_prompts(), 2, 0.7))["logprob_diff_max"]
+        return [fresh, stale, mismatch(policy, engine.generate(make_prompts(), 2, 0.7))]
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama3-rope", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-tied", "llama3-rope", "qwen2", "qwen3", "qwen3-moe"])
 def test_models_of_hugging_face(name: str, tmp_path: Path) -> None:
-    write_model(name, tmp_path / name, hidden_size=128, head_dim=32)
+    # vLLM pads experts of 48 to 64 on a CPU, and packs them.
+    experts = {"moe_intermediate_size": 48} if name == "qwen3-moe" else {}
+    write_model(name, tmp_path / name, hidden_size=128, head_dim=32, **experts)
     config = vllm_config(ModelConfig(hf_path=str(tmp_path / name), max_sequence_length=64), temperature=0.7)
     fresh, stale, refitted = run(1, logprobs_before_and_after, config, 131)[0]
-    assert fresh < 1e-4  # of logits that are far from 0
-    assert stale > 0.1
-    assert refitted < 1e-4
+    for found in (fresh, refitted):
+        assert found["logprob_diff"] < 1e-5
+        assert found["logprob_diff_max"] < 1e-4  # of logits that are far from 0
+    assert stale["logprob_diff"] > 0.1
 
 
 def refit_often(config: RunConfig, cycles: int) -> list[int]:
-    """Resident bytes after each refit and some sampling."""
+    """Resident bytes after each refit and some sampling, without what malloc keeps for later."""
+    trim = ctypes.CDLL(None).malloc_trim
     sizes: list[int] = []
     with distributed(config):
         policy = Policy(config, VOCAB)
@@ -174,16 +180,20 @@ def refit_often(config: RunConfig, cycles: int) -> list[int]:
                     parameter.mul_(1.01)
             engine.refit()
             engine.generate(make_prompts(8), 2, 1.0)
+            gc.collect()
+            trim(0)
             sizes.append(psutil.Process().memory_info().rss)
     return sizes
 
 
 def test_memory_stays_flat_over_refits() -> None:
-    model = replace(LLAMA, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=8, num_layers=4)  # 50 MB
-    sizes = run(1, refit_often, vllm_config(model), 50)[0][5:]
-    usual = np.median(sizes[:15])
-    assert max(sizes) < 1.02 * usual  # malloc gives some back now and then: less is no leak
-    assert np.median(sizes[-15:]) < 1.01 * usual  # a tensor that was kept each time would show
+    # 50 MB: if one refit in two kept its weights, 50 of them would keep the size of the whole process.
+    model = replace(LLAMA, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=8, num_layers=4)
+    sizes = run(1, refit_often, vllm_config(model), 55)[0][5:]
+    usual = float(np.median(sizes))
+    assert 0.98 * usual < min(sizes)
+    assert max(sizes) < 1.02 * usual
+    assert np.median(sizes[-15:]) < 1.005 * np.median(sizes[:15])  # a megabyte a refit would show
 
 
 def sample_from_the_top(config: RunConfig) -> list[Sample]:
