@@ -20,7 +20,7 @@ from megatron_aspo.mismatch import measure_mismatch
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
 from megatron_aspo.rewards.reasoning_gym import score
-from megatron_aspo.rollout.engine import RolloutEngine, build_engine
+from megatron_aspo.rollout.engine import RolloutEngine, build_engine, check_engine
 from megatron_aspo.run_folder import checkpoints_folder, find_resume, make_folders, read_meta
 from megatron_aspo.tokenizer import load_tokenizer
 from megatron_aspo.types import MicroBatch, Sample
@@ -29,6 +29,7 @@ from megatron_aspo.warmup import warm_up
 
 def train(config: RunConfig, argv: list[str]) -> None:
     """Run `config.train.steps` steps of ASPO: sample, score, compare within groups, update, and again."""
+    check_engine(config.rollout)
     make_folders(config)
     resume_from = find_resume(config)
     resume_step = int(read_meta(resume_from)["step"]) if resume_from else None
@@ -39,6 +40,8 @@ def train(config: RunConfig, argv: list[str]) -> None:
     steps = config.train.steps
 
     with Journal(config, argv, resume_step, dist.get_rank() == 0) as journal:
+        if prompts.held_out_overlong:
+            journal.say(f"data.overlong_prompts=filter: {prompts.held_out_overlong} held-out prompts are left out")
         if config.warmup.updates and (resume_from is None or config.loss.kl_coef):
             warm_up(policy, config, journal)
         if config.loss.kl_coef:
@@ -117,8 +120,10 @@ def sample_groups(
     for group in kept:
         fill_group_advantages(group)
     tokens = sum(len(sample.token_ids) for sample in sampled)
+    filtered = {"data/overlong_prompts": float(prompts.overlong)} if config.data.overlong_prompts == "filter" else {}
     return kept, {
         **sample_metrics(sampled, "rollout"),
+        **filtered,
         "rollout/tokens_per_second": tokens / clock["rollout"],
         "rollout/rounds": float(rounds),
         "rollout/groups_kept": float(len(kept)),
