@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.errors import RunError, UserError
 from megatron_aspo.weight_sync import Weight
 
 Role = Literal["training", "rollout"]
@@ -27,12 +27,13 @@ _ALIGNMENT = 16
 """Bytes; where a tensor begins in a bucket, so that it can be looked at as what it is."""
 
 
-class PeerLostError(UserError):
+class PeerLostError(RunError):
     """The ranks of the other role have ended without a word."""
 
 
 @dataclass(frozen=True)
 class _Failure:
+    kind: type[UserError | RunError]
     text: str
 
 
@@ -73,12 +74,12 @@ class Channel:
 
         Raises:
             PeerLostError: the other role has ended.
-            UserError: it found a mistake of the user's (see `fail`).
+            UserError, RunError: what went wrong there (see `fail`).
         """
         payload = self._next()
         message = self._share(None if payload is None else pickle.loads(payload.numpy().tobytes()))
         if isinstance(message, _Failure):
-            raise UserError(message.text)
+            raise message.kind(message.text)
         return message
 
     def send_weights(self, bucket: list[Weight]) -> None:
@@ -127,9 +128,9 @@ class Channel:
         else:
             self._wait_for_the_end()
 
-    def fail(self, error: UserError) -> None:
+    def fail(self, error: UserError | RunError) -> None:
         """Let the other side's next `receive` raise the error, and wait until that has ended."""
-        self.send(_Failure(str(error)))
+        self.send(_Failure(UserError if isinstance(error, UserError) else RunError, str(error)))
         self._wait_for_the_end()
 
     def _wait_for_the_end(self) -> None:
@@ -177,8 +178,7 @@ class Channel:
             except RuntimeError:  # gloo's, when the connection breaks
                 other = ROLES[self._other]
                 lost = PeerLostError(
-                    f"the {other} ranks have ended, and so do the {self.role} ranks; the reason is with those. "
-                    "Continue from the last checkpoint with --resume auto"
+                    f"the {other} ranks have ended, for a reason that they tell, and so do the {self.role} ranks"
                 )
         lost = self._share(lost)
         if lost is not None:

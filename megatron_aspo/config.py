@@ -243,6 +243,10 @@ class DataConfig:
     Training prompts are drawn with `seed`, held-out prompts with `eval_seed`; an evaluation prompt never
     occurs in training. `prompt_template` may name `{question}` and the fields of the problem's metadata.
     With `chat_template` the text so made is a user's message, in the chat format of the tokenizer of `model.hf_path`.
+
+    Attributes:
+        overlong_prompts: of a prompt that does not fit into `model.max_sequence_length` beside the longest
+            response: "refuse" ends the run, "filter" takes the next problem instead, and counts.
     """
 
     task: str = "chain_sum"
@@ -252,6 +256,7 @@ class DataConfig:
     seed: int = 0
     eval_seed: int = 1_000_003
     eval_prompts: int = 256
+    overlong_prompts: Literal["refuse", "filter"] = "refuse"
 
     def __post_init__(self) -> None:
         _require_positive(self, "eval_prompts")

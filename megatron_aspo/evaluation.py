@@ -14,7 +14,7 @@ from megatron_aspo.metrics import sample_metrics
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rewards.reasoning_gym import score
-from megatron_aspo.rollout.engine import RolloutEngine, build_engine
+from megatron_aspo.rollout.engine import RolloutEngine, build_engine, check_engine
 from megatron_aspo.run_folder import find_checkpoint
 from megatron_aspo.tokenizer import load_tokenizer
 
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         cli.add_eval_arguments(parser)
         arguments = cli.parse(parser, argv)
         config = colocated(cli.parse_run_config(arguments))
+        check_engine(config.rollout)
         with distributed(config):
             tokenizer = load_tokenizer(config)
             prompts = ReasoningGymPrompts.of(config, tokenizer)

@@ -169,8 +169,10 @@ def sample_batch(engine: RolloutEngine, prompts: ReasoningGymPrompts, config: Ru
     for group in kept:
         fill_group_advantages(group)
     tokens = sum(len(sample.token_ids) for sample in sampled)
+    filtered = {"data/overlong_prompts": float(prompts.overlong)} if config.data.overlong_prompts == "filter" else {}
     metrics = {
         **sample_metrics(sampled, "rollout"),
+        **filtered,
         "rollout/tokens_per_second": tokens / clock["rollout"],
         "rollout/rounds": float(rounds),
         "rollout/groups_kept": float(len(kept)),

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
-import torch.distributed as dist
-
 from megatron_aspo.channel import Channel, PeerLostError
 from megatron_aspo.config import RunConfig
 from megatron_aspo.data import ReasoningGymPrompts
-from megatron_aspo.errors import UserError
+from megatron_aspo.errors import RunError, UserError
 from megatron_aspo.journal import Clock
 from megatron_aspo.rollout.remote import Generate, ReceivedWeights, SampleBatch, SetStream, TakeWeights
 from megatron_aspo.rollout.vllm import VllmEngine
@@ -21,16 +17,14 @@ def serve(config: RunConfig, channel: Channel) -> None:
     """Do what the training ranks ask, one thing after the other, until they are done.
 
     Raises:
-        UserError: a mistake of the user's, of which the training ranks have been told.
+        UserError, RunError: what went wrong, of which the training ranks have been told.
         PeerLostError: the training ranks have ended without a word.
     """
     try:
         _serve(config, channel)
-    except PeerLostError as error:
-        if dist.get_rank() == 0:
-            print(f"megatron-aspo: {error}", file=sys.stderr, flush=True)
+    except PeerLostError:
         raise
-    except UserError as error:
+    except (UserError, RunError) as error:
         channel.fail(error)
         raise
 

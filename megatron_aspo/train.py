@@ -18,7 +18,7 @@ from megatron_aspo.journal import Clock, Journal
 from megatron_aspo.mismatch import measure_mismatch
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
-from megatron_aspo.rollout.engine import build_engine
+from megatron_aspo.rollout.engine import build_engine, check_engine
 from megatron_aspo.run_folder import checkpoints_folder, find_resume, make_folders, read_meta
 from megatron_aspo.sampling import build_batches
 from megatron_aspo.serve import serve
@@ -32,6 +32,7 @@ def train(config: RunConfig, argv: list[str], channel: Channel | None = None) ->
 
     `channel` leads to the rollout ranks, if there are any.
     """
+    check_engine(config.rollout)
     make_folders(config)
     resume_from = find_resume(config)
     resume_step = int(read_meta(resume_from)["step"]) if resume_from else None
@@ -42,6 +43,8 @@ def train(config: RunConfig, argv: list[str], channel: Channel | None = None) ->
     steps = config.train.steps
 
     with Journal(config, argv, resume_step, dist.get_rank() == 0) as journal:
+        if prompts.held_out_overlong:
+            journal.say(f"data.overlong_prompts=filter: {prompts.held_out_overlong} held-out prompts are left out")
         if config.warmup.updates and (resume_from is None or config.loss.kl_coef):
             warm_up(policy, config, journal)
         if config.loss.kl_coef:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_aspo.errors import RunError
+
 Weight = tuple[str, Tensor]
 """A whole tensor under its name in Hugging Face's checkpoints."""
 
@@ -28,7 +30,7 @@ class WeightSource(Protocol):
         ...
 
 
-class WeightSyncError(Exception):
+class WeightSyncError(RunError):
     """The engine did not get the weights that it should have; it must not be sampled from."""
 
 

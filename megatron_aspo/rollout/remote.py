@@ -11,7 +11,7 @@ import torch
 from megatron_aspo.channel import Channel
 from megatron_aspo.config import RolloutConfig
 from megatron_aspo.policy.trainer import Policy
-from megatron_aspo.rollout.vllm import PolicyWeights, check_vllm
+from megatron_aspo.rollout.vllm import PolicyWeights
 from megatron_aspo.types import Batch, Prompt, Sample
 from megatron_aspo.weight_sync import Weight, WeightSync, WeightSyncError
 
@@ -58,7 +58,6 @@ class RemoteEngine:
         Raises:
             UserError: they are not, for a mistake of the user's.
         """
-        check_vllm()
         self.policy = policy
         self.channel = channel
         self.weight_version: int | None = None

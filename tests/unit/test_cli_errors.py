@@ -135,6 +135,31 @@ def test_settings(capsys: pytest.CaptureFixture[str], override: str, names: str,
     assert fix in message[message.index(names) :]
 
 
+@pytest.mark.parametrize("command", ["train", "eval", "check-rollout"])
+def test_vllm_of_another_version(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    for version in ("0.31.9", "0.33.0rc1", "unknown"):
+        site = folder / version
+        (site / f"vllm-{version}.dist-info").mkdir(parents=True)
+        (site / f"vllm-{version}.dist-info" / "METADATA").write_text(f"Name: vllm\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(site)
+        message = complaint(capsys, command, "run.yaml", "rollout.engine=vllm")
+        assert f"rollout.engine=vllm was written for vllm >= 0.32 and < 0.33, and {version} is installed" in message
+        assert message.endswith("install one of these, or set rollout.engine=megatron")
+
+
+def test_without_vllm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import omegaconf  # noqa: F401  (what reads the configuration is installed where vLLM is)
+
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
+    message = complaint(capsys, "train", "run.yaml", "rollout.engine=vllm")
+    assert message == (
+        "rollout.engine=vllm needs vLLM, which is not installed; make install brings its build for CPUs, "
+        "or set rollout.engine=megatron"
+    )
+
+
 def test_a_padded_sample_must_fit(capsys: pytest.CaptureFixture[str]) -> None:
     lengths = ("model.max_sequence_length=33", "train.max_tokens_per_micro_batch=33")
     layout = ("parallel.tensor=2", "parallel.sequence_parallel=true")
