@@ -62,6 +62,6 @@ def test_both_engines_learn_alike(tmp_path: Path) -> None:
     }
     for before, after in np.concatenate(list(found.values())):
         assert after > before + 0.15, found
-    # An accuracy of 128 prompts has a standard error of 0.04 at most, a mean of two seeds 0.03, the difference of two of
-    # these 0.04. Three standard errors are granted, the noise of training included. Measured: 0.63 and 0.63.
+    # An accuracy of 128 prompts has a standard error of 0.04 at most, a mean of two seeds 0.03, the difference of two
+    # such 0.04. Three standard errors are granted, the noise of training included. Measured: 0.63 and 0.63.
     assert abs(found["vllm"][:, 1].mean() - found["megatron"][:, 1].mean()) < 0.12, found
