@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron_aspo.config import RunConfig
+from megatron_aspo.config import RunConfig, colocated
 from megatron_aspo.data import ReasoningGymPrompts
 from megatron_aspo.distributed import distributed
 from megatron_aspo.mismatch import measure_mismatch
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = cli.Parser(prog="megatron_aspo.check_rollout")
         cli.add_check_arguments(parser)
         arguments = cli.parse(parser, argv)
-        config = cli.parse_run_config(arguments)
+        config = colocated(cli.parse_run_config(arguments))
         check_engine(config.rollout)
         with distributed(config):
             tokenizer = load_tokenizer(config)
