@@ -630,8 +630,8 @@ _LAID_OUT = (
 def check_layout(sizes: Mapping[str, int], parallel: ParallelConfig, prefix: str) -> None:
     """Raise UserError unless a model of these sizes (named as in ModelConfig; `prefix` stands before the names in
     messages) can be spread as `parallel` says."""
-    for what in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if sizes[what] % parallel.tensor:
+    for what in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "shared_expert_size"):
+        if sizes.get(what, 0) % parallel.tensor:
             raise UserError(
                 f"{prefix}{what}={sizes[what]} is not a multiple of parallel.tensor={parallel.tensor}"
                 "; change one of them"
@@ -771,7 +771,7 @@ def _check_together(config: RunConfig) -> None:
         )
     if config.optimizer.cpu_offload and model.dtype != "bfloat16":
         raise UserError(
-            f"optimizer.cpu_offload={config.optimizer.cpu_offload} is for model.dtype=bfloat16; set it, or cpu_offload=0"
+            f"optimizer.cpu_offload={config.optimizer.cpu_offload} is for model.dtype=bfloat16; set one or the other"
         )
     if rollout.engine == "megatron" and parallel.expert_tensor_size != parallel.tensor:
         raise UserError(
