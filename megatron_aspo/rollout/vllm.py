@@ -243,6 +243,8 @@ def _start(policy: Policy, config: RolloutConfig, seed: int) -> Any:
                 tensor_parallel_size=config.tensor,
                 distributed_executor_backend="external_launcher",
                 enforce_eager=policy.device.type == "cpu",
+                # A prompt that is read in two parts draws a random number too many, and on a CPU vLLM fails there.
+                enable_chunked_prefill=policy.device.type != "cpu",
                 enable_sleep_mode=policy.device.type == "cuda" and config.sleep_level > 0,
                 logprobs_mode="processed_logprobs",
                 seed=seed,

@@ -187,6 +187,22 @@ def test_memory_stays_flat_over_refits() -> None:
     assert np.median(sizes[-15:]) < 1.01 * usual  # a tensor that was kept each time would show
 
 
+def sample_many_and_few(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
+    rng = np.random.default_rng(4)
+    prompts = [Prompt(i, "", tuple(rng.integers(VOCAB, size=48).tolist()), {}) for i in range(128)]
+    with distributed(config):
+        engine = build_engine(Policy(config, VOCAB), config.rollout, AsciiTokenizer(), seed=1)
+        engine.refit()
+        return engine.generate(prompts, 1, 1.0), engine.generate(prompts[80:90], 1, 1.0)
+
+
+def test_prompts_beyond_the_tokens_of_one_forward_pass() -> None:
+    # vLLM's limit is 4,096. A prompt that is split there would draw one random number more, and on a CPU end the run.
+    many, few = run(1, sample_many_and_few, vllm_config(batch_size=128))[0]
+    assert sum(len(sample.prompt.token_ids) for sample in many) == 6144
+    assert [sample.token_ids for sample in many[80:90]] == [sample.token_ids for sample in few]
+
+
 def sample_with_stops(config: RunConfig) -> tuple[list[Sample], list[Sample], list[Sample]]:
     """Free responses, the same with stop sequences of one and two tokens, and 64 a prompt from the top 3."""
     with distributed(config):
