@@ -169,6 +169,9 @@ def read_architecture(config: ModelConfig, parallel: ParallelConfig, vocab_size:
         (f"hidden_act={hf.hidden_act}", hf.hidden_act == "silu"),
         (f"rope_type={rope_type}", rope_type in (("default", "yarn") if latent else ("default", "linear", "llama3"))),
         ("a layer for a second token (MTP)", not getattr(hf, "num_nextn_predict_layers", 0)),
+        ("rotary halves that are not interleaved", not latent or hf.rope_interleave),
+        # Megatron scores a group of experts by its best top_k / groups, transformers by its best two.
+        ("such groups of experts", not latent or hf.n_group == 1 or hf.num_experts_per_tok == 2 * hf.topk_group),
         ("sliding-window attention", "sliding_attention" not in (getattr(hf, "layer_types", None) or ())),
         ("layers without experts", not getattr(hf, "mlp_only_layers", None)),
         ("layers without experts", getattr(hf, "decoder_sparse_step", 1) == 1),
@@ -196,6 +199,11 @@ def read_architecture(config: ModelConfig, parallel: ParallelConfig, vocab_size:
         "num_experts": experts,
     }
     check_layout(sizes, parallel, f"{what}: ")
+    if latent and parallel.context > 1:
+        raise UserError(
+            f"{what} has latent attention, which has not been tried with context parallelism here; set "
+            "parallel.context=1"
+        )
     inv_freq = None
     if rope_type != "default" and not latent:  # Megatron's own scaling takes Llama 3.1's numbers for granted
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
