@@ -140,12 +140,16 @@ from megatron.bridge.models.conversion.utils import persistent_buffers  # noqa: 
 @functools.cache
 def _bridge(path: str) -> Any:
     """The bridge of a folder or hub id; it opens the weights when they are asked for."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:  # what is not JSON is a ValueError too
         raise unreadable(path, error) from None
+    except StrictDataclassError as error:  # fields that contradict each other
+        cause = error.__cause__
+        raise unreadable(path, cause if isinstance(cause, Exception) else error) from None
     names = config.architectures or [type(config).__name__]
     if names[0] not in ARCHITECTURES:
         raise UserError(f"model.hf_path={path} is a {names[0]}, which is not supported; {', '.join(ARCHITECTURES)} are")
