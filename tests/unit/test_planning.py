@@ -105,7 +105,7 @@ def test_the_engine_holds_the_model_and_repeats_few_key_value_heads() -> None:
         (5, {"pipeline": 2, "first_stage_layers": 2, "last_stage_layers": 3}, [2, 3]),
     ],
 )
-def test_stage_layers(layers: int, settings: dict[str, int], expected: list[int]) -> None:
+def test_stage_layers(layers: int, settings: dict[str, Any], expected: list[int]) -> None:
     assert stage_layers(layers, ParallelConfig(**settings)) == expected
 
 
@@ -118,7 +118,7 @@ def test_stage_layers(layers: int, settings: dict[str, int], expected: list[int]
         (4, {"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 2}),
     ],
 )
-def test_stages_that_do_not_add_up(layers: int, settings: dict[str, int]) -> None:
+def test_stages_that_do_not_add_up(layers: int, settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"num_layers={layers}"):
         stage_layers(layers, ParallelConfig(**settings))
 
@@ -200,6 +200,25 @@ def test_phases_hold_what_they_should() -> None:
     logits = 20480 * 152064 // 8 * 2 * 2
     assert plan_memory(no_fused, s, 32)[0].phases["update"]["loss head"] > logits
     assert all(name in COLORS for phase in stage.phases.values() for name in phase)
+
+
+def test_ranks_that_only_generate() -> None:
+    together = make_plan(recipe("qwen2_5_32b"))
+    apart = make_plan(recipe("qwen2_5_32b", "rollout.ranks=8", "rollout.max_staleness=1"), 40)
+    trainer, generator = apart.stages
+    assert generator.name == "rollout"
+    assert set(generator.phases) == {"rollout", "refit"}
+    assert "weights" not in generator.phases["rollout"]
+    assert not any("vLLM weights" in phase or "KV cache" in phase for phase in trainer.phases.values())
+    assert trainer.phases["update"] == together.stages[0].phases["update"]
+    assert apart.worst("rollout") is generator
+    low, _ = apart.speed.step_seconds
+    assert low == max(
+        apart.speed.seconds["rollout"][0], sum(apart.speed.seconds[p][0] for p in list(apart.speed.seconds)[1:])
+    )
+    assert apart.speed.seconds["update"] == pytest.approx(together.speed.seconds["update"])
+    with pytest.raises(UserError, match="8 ranks more than a multiple of 8"):
+        make_plan(recipe("qwen2_5_32b", "rollout.ranks=8"), 36)
 
 
 def test_forward_flops_by_hand() -> None:
