@@ -78,6 +78,7 @@ def train(config: RunConfig, argv: list[str], channel: Channel | None = None) ->
             values["optimizer/lr"] = policy.learning_rate
             with clock("update"):
                 values |= update(policy, mini_batches, config)
+            policy.release_gradients()
             with clock("refit"):
                 engine.refit()
 
