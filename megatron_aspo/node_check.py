@@ -21,13 +21,11 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from megatron_aspo import cli
+from megatron_aspo import cli, doctor
 from megatron_aspo.config import RunConfig, check_world_size, to_dict
 from megatron_aspo.run_log import save_provenance
 
 SILENCE = "does not answer"
-TIMEOUT = timedelta(minutes=3)
-"""How long nodes wait for each other: imports from a busy shared file system take their time."""
 ELEMENTS = 16 << 20
 """Of the tensor that is reduced, float32."""
 
@@ -45,11 +43,8 @@ def rank_environment(config: RunConfig, compute_capability: tuple[int, int] | No
 
 
 def own_problems() -> list[str]:
-    """What is wrong with this node, a line each."""
-    problems = []
-    gpus, promised = torch.cuda.device_count(), int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
-    if gpus < promised:
-        problems.append(f"{gpus} of {promised} GPUs answer")
+    """What `megatron-aspo doctor` and the site's own command find wrong with this node, a line each."""
+    problems = doctor.problems()
     command = os.environ.get("NODE_CHECK")
     if command:
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, errors="replace", check=False)
@@ -60,21 +55,32 @@ def own_problems() -> list[str]:
 
 
 class Meeting:
-    """What the nodes tell each other, through a store on the first one."""
+    """What the nodes tell each other, through a store on the first one.
 
-    def __init__(self, rank: int, nodes: int) -> None:
-        self.rank, self.nodes = rank, nodes
+    Args:
+        rank, nodes: which one this is, of how many.
+        patience: how long they wait for each other.
+    """
+
+    def __init__(self, rank: int, nodes: int, patience: timedelta) -> None:
+        self.rank, self.nodes, self.patience = rank, nodes, patience
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store = dist.TCPStore(address, port, nodes, rank == 0, TIMEOUT, wait_for_workers=False)
+        self.store = dist.TCPStore(address, port, nodes, rank == 0, patience, wait_for_workers=False)
 
     def gather(self, topic: str, word: list[str]) -> list[list[str]]:
         """What every node has to say, on every node: complaints, or nothing. Silence is a complaint. Collective."""
         self.store.set(f"{topic}/{self.rank}", json.dumps(word))
         if self.rank == 0:
-            deadline = time.monotonic() + TIMEOUT.total_seconds()
+            deadline = time.monotonic() + self.patience.total_seconds()
             self.store.set(topic, json.dumps([self._heard(f"{topic}/{node}", deadline) for node in range(self.nodes)]))
-        self.store.wait([topic], 2 * TIMEOUT)  # the first node waits for the slowest before it answers
+        self.store.wait([topic], 2 * self.patience)  # the first node waits for the slowest before it answers
         return json.loads(self.store.get(topic))
+
+    def leave(self, present: list[int]) -> None:
+        """The store lives on the first node, which therefore goes last of those `present`."""
+        self.store.set(f"leave/{self.rank}", "")
+        if self.rank == 0:
+            self.store.wait([f"leave/{node}" for node in present])
 
     def _heard(self, key: str, deadline: float) -> list[str]:
         try:
@@ -92,7 +98,8 @@ def folder_problems(meeting: Meeting, folder: Path) -> list[str]:
         canary.write_text(token)
         meeting.store.set("canary", token)
     token = meeting.store.get("canary").decode()
-    deadline = time.monotonic() + 30  # a network file system may show a new file late
+    # A network file system may show a new file late.
+    deadline = time.monotonic() + meeting.patience.total_seconds() / 2
     while (seen := canary.read_text() if canary.is_file() else "nothing") != token:
         if time.monotonic() > deadline:
             return [f"{folder} is not shared: in {canary.name} is {seen}, the first node wrote {token}"]
@@ -112,7 +119,7 @@ def reduce_problems(meeting: Meeting, members: list[int], topic: str) -> list[st
             store=dist.PrefixStore(topic, meeting.store),
             rank=members.index(meeting.rank),
             world_size=nodes,
-            timeout=TIMEOUT,
+            timeout=meeting.patience,
         )
         for index in range(max(1, gpus)):
             if gpus:
@@ -174,11 +181,17 @@ def main(argv: list[str] | None = None) -> int:
         cli.add_run_arguments(parser)
         parser.add_argument("--ranks", type=int, required=True, help="ranks that the job will start")
         parser.add_argument("--log-dir", type=Path, required=True, help="the attempt's folder, seen by all nodes")
+        parser.add_argument(
+            "--patience",
+            type=lambda seconds: timedelta(seconds=float(seconds)),
+            default=timedelta(minutes=3),  # importing from a busy shared file system takes its time
+            help="seconds that nodes wait for each other",
+        )
         arguments = cli.parse(parser, argv)
         config = cli.parse_run_config(arguments)
         check_world_size(config, arguments.ranks)
         names = os.environ["NODE_NAMES"].split()
-        meeting = Meeting(int(os.environ["RANK"]), len(names))
+        meeting = Meeting(int(os.environ["RANK"]), len(names), arguments.patience)
         if meeting.rank == 0:
             resolved = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
             save_provenance(arguments.log_dir, resolved, sys.argv if argv is None else argv)
@@ -190,10 +203,7 @@ def main(argv: list[str] | None = None) -> int:
             lines = "".join(f"{name} {reason}\n" for name, reason in bad.items())
             (arguments.log_dir / "bad-nodes").write_text(lines)
             print(lines or f"{len(names)} node(s) are well\n", end="")
-        # The store lives on the first node: it must not go before the others have heard.
-        meeting.store.set(f"heard/{meeting.rank}", "")
-        if meeting.rank == 0:
-            meeting.store.wait([f"heard/{node}" for node, name in enumerate(names) if name not in bad], TIMEOUT)
+        meeting.leave([node for node, name in enumerate(names) if bad.get(name) != SILENCE])
         return 1 if bad else 0
 
     return cli.exit_code(run)
