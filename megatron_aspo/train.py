@@ -19,6 +19,7 @@ from megatron_aspo.metrics import sample_metrics
 from megatron_aspo.mismatch import measure_mismatch
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
+from megatron_aspo.preemption import StopSignals, mark_interrupted
 from megatron_aspo.rewards.reasoning_gym import score
 from megatron_aspo.rollout.engine import RolloutEngine, build_engine
 from megatron_aspo.run_folder import checkpoints_folder, find_resume, make_folders, read_meta
@@ -27,8 +28,12 @@ from megatron_aspo.types import MicroBatch, Sample
 from megatron_aspo.warmup import warm_up
 
 
-def train(config: RunConfig, argv: list[str]) -> None:
-    """Run `config.train.steps` steps of ASPO: sample, score, compare within groups, update, and again."""
+def train(config: RunConfig, argv: list[str]) -> bool:
+    """Run `config.train.steps` steps of ASPO: sample, score, compare within groups, update, and again.
+
+    Returns:
+        Whether all steps are done; False where a signal of `config.checkpoint.stop_signals` came before.
+    """
     make_folders(config)
     resume_from = find_resume(config)
     resume_step = int(read_meta(resume_from)["step"]) if resume_from else None
@@ -38,7 +43,10 @@ def train(config: RunConfig, argv: list[str]) -> None:
     engine = build_engine(policy, config.rollout, tokenizer, config.seed)
     steps = config.train.steps
 
-    with Journal(config, argv, resume_step, dist.get_rank() == 0) as journal:
+    with (
+        StopSignals(config.checkpoint.stop_signals) as stop,
+        Journal(config, argv, resume_step, dist.get_rank() == 0) as journal,
+    ):
         if config.warmup.updates and (resume_from is None or config.loss.kl_coef):
             warm_up(policy, config, journal)
         if config.loss.kl_coef:
@@ -78,10 +86,16 @@ def train(config: RunConfig, argv: list[str]) -> None:
                 with clock("eval"):
                     journal.record("eval", step, steps, evaluate(engine, prompts, config.eval))
             # Last of all: a run that is killed before does the step again, and logs it again.
-            if step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            stopping = step < steps and stop.requested()
+            if stopping or step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 with clock("checkpoint"):
                     state = {"prompts": prompts.state_dict()}
                     checkpoint.save(checkpoints_folder(config), step, policy, state, config.checkpoint.keep)
+            if stopping:
+                mark_interrupted(config.run_dir, step)
+                journal.say(f"stopped by a signal: step {step} of {steps} is saved; continue with --resume auto")
+                return False
+    return True
 
 
 def sample_groups(
@@ -168,8 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         with distributed(config):
             for message in config_warnings(config):
                 warn(message)
-            train(config, sys.argv if argv is None else argv)
-            if dist.get_rank() == 0:
+            if train(config, sys.argv if argv is None else argv) and dist.get_rank() == 0:
                 from megatron_aspo.report import print_summary, write_report
 
                 png, html = write_report(config.run_dir)
