@@ -1,4 +1,4 @@
-"""The command line: `megatron-aspo train | eval | export | check-rollout | report | doctor`.
+"""The command line: `megatron-aspo train | eval | export | check-rollout | plan | report | doctor`.
 
 Nothing heavy is imported before the configuration has been read and found sound.
 """
@@ -6,6 +6,7 @@ Nothing heavy is imported before the configuration has been read and found sound
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_aspo import __version__
-from megatron_aspo.config import RunConfig, check_world_size, load_config
+from megatron_aspo.config import GPUS, RunConfig, check_world_size, load_config
 from megatron_aspo.errors import UserError
 from megatron_aspo.run_folder import find_checkpoint, find_resume, make_folders
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `megatron-aspo`."""
     parser = Parser(prog="megatron-aspo", description="ASPO reinforcement learning on Megatron-Core.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    names = "train | eval | export | check-rollout | report | doctor"
+    names = "train | eval | export | check-rollout | plan | report | doctor"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     for name, add_arguments, help_text in (
         ("train", add_run_arguments, "train a policy; starts the ranks of one host itself, or runs under torchrun"),
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub = commands.add_parser(name, help=help_text, description=help_text)
         add_arguments(sub)
         sub.add_argument("--nproc", type=int, help="ranks on this host (default: tensor x pipeline)")
+    plan_help = "say what a run would take: memory by phase, tokens, operations, time; starts nothing"
+    plan = commands.add_parser("plan", help=plan_help, description=plan_help, epilog=PLAN_EXIT_CODES)
+    add_plan_arguments(plan)
     report = commands.add_parser("report", help="write report.html and report.png of a run")
     report.add_argument("run_dir", type=Path, help="runs/<name>")
     doctor = commands.add_parser("doctor", help="look for what is wrong with this machine; exit code 1 if something is")
@@ -61,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from megatron_aspo import doctor
 
             return doctor.main(arguments.json)
+        if arguments.command == "plan":
+            return _plan(arguments)
         return _run_ranks(arguments)
 
     return exit_code(run)
@@ -84,6 +90,43 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="the folder to write; it must not exist yet")
     _add_overrides(parser)
     _add_checkpoint_argument(parser)
+
+
+PLAN_EXIT_CODES = "exit code: 0 the run fits, 1 it does not fit, 2 the configuration is wrong"
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a plan."""
+    _add_config_arguments(parser)
+    parser.add_argument("--gpus", type=int, help="how many (default: those of the file's section cluster)")
+    parser.add_argument("--gpu", choices=GPUS, help="of which kind (default: that of the file's section cluster)")
+    parser.add_argument("--build", action="store_true", help="build every kind of rank at full size, without memory")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the memory of every phase")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from megatron_aspo.planning.plan import make_plan, plan_dict
+
+    plan = make_plan(load_config(arguments.config, arguments.overrides), arguments.gpus, arguments.gpu)
+    built = None
+    if arguments.build:
+        from megatron_aspo.planning.build import build_plan  # takes seconds to import
+
+        built = build_plan(plan)
+    if arguments.json:
+        print(json.dumps(plan_dict(plan) | ({"build": built.to_dict()} if built else {}), indent=1))
+    else:
+        from megatron_aspo.planning.show import print_plan
+
+        print_plan(plan)
+        if built:
+            print(built)
+    if arguments.picture:
+        from megatron_aspo.planning.show import draw_plan
+
+        draw_plan(plan, arguments.picture)
+    return 0 if plan.fits else 1
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:

@@ -202,19 +202,37 @@ class ParallelConfig:
         tensor: ranks that share every weight matrix.
         pipeline: ranks that hold a part of the layers each.
         context: ranks that hold a part of every packed stream each (Megatron's context parallelism).
-        expert: ranks that hold a part of the experts each. They are data- or context-parallel to each other, so
-            expert parallelism needs no ranks of its own.
+        expert: ranks that hold a part of the experts each. They are data-, context- or (with `expert_tensor`)
+            tensor-parallel to each other, so expert parallelism needs no ranks of its own.
+        expert_tensor: ranks that share the matrices of an expert; null takes `tensor`. With 1 the experts of a
+            tensor-parallel group are whole, and `expert` may be larger.
         sequence_parallel: between the weight matrices each tensor-parallel rank keeps its share of the tokens only.
+        first_stage_layers, last_stage_layers: layers of the first and the last pipeline stage, which have the
+            embedding and the loss besides; null gives them as many as the others.
+        overlap_grad_reduce: send gradients to the other data-parallel ranks while the last micro-batch's backward pass
+            is still running.
     """
 
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
     expert: int = 1
+    expert_tensor: int | None = None
     sequence_parallel: bool = False
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    overlap_grad_reduce: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(self, "tensor", "pipeline", "context", "expert")
+        _require(
+            self.expert_tensor is None or 0 < self.expert_tensor <= self.tensor,
+            f"expert_tensor={self.expert_tensor} must lie in [1, tensor={self.tensor}]",
+        )
+        for name in ("first_stage_layers", "last_stage_layers"):
+            layers = getattr(self, name)
+            _require(layers is None or layers > 0, f"{name}={layers} must be > 0")
+            _require(layers is None or self.pipeline > 1, f"{name}={layers} needs pipeline > 1; remove it")
         _require(
             not self.sequence_parallel or self.tensor > 1,
             "sequence_parallel=true needs tensor > 1; set parallel.sequence_parallel=false",
@@ -223,7 +241,12 @@ class ParallelConfig:
     @property
     def model_parallel_size(self) -> int:
         """The fewest ranks that hold the layout; any world is a multiple of it."""
-        return self.tensor * self.pipeline * math.lcm(self.context, self.expert)
+        return self.pipeline * math.lcm(self.tensor * self.context, self.expert_tensor_size * self.expert)
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """The ranks that share the matrices of an expert."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
 
     @property
     def stream_multiple(self) -> int:
@@ -325,6 +348,10 @@ class RolloutConfig:
         _require(all(self.stop), "stop must not contain an empty string")
 
 
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "mla_up_proj")
+"""Megatron's names of the parts of a layer that can be recomputed by themselves."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One step: a rollout batch, then `epochs` passes over its mini-batches, one optimizer update each.
@@ -337,6 +364,13 @@ class TrainConfig:
             model's logits.
         ratio_tolerance: the importance ratio must be 1 on the first mini-batch of a step; a warning tells
             when max |log r| exceeds this there.
+        recompute: what the backward pass computes anew instead of keeping it: "full" whole layers, of which only the
+            input is kept; "selective" the parts named in `recompute_modules`.
+        recompute_method: with "full": "uniform" recomputes all layers, `recompute_layers` at a time; "block" the first
+            `recompute_layers` of every pipeline stage.
+        recompute_modules: with "selective", Megatron's names of what is recomputed.
+        release_gradients: free the gradients' buffers from the last update of a step to the first of the next, while
+            the rollout engine has the memory.
     """
 
     steps: int = 100
@@ -346,15 +380,37 @@ class TrainConfig:
     packing: bool = True
     fused_head: bool = True
     ratio_tolerance: float = 1e-5
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    recompute_layers: int = 1
+    recompute_modules: tuple[str, ...] = ()
+    release_gradients: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(self, "mini_batch_prompts", "epochs", "max_tokens_per_micro_batch", "ratio_tolerance")
+        _require_positive(self, "recompute_layers")
+        for module in self.recompute_modules:
+            _require(
+                module in RECOMPUTE_MODULES,
+                f"recompute_modules has {module!r}, which is not one of {', '.join(RECOMPUTE_MODULES)}",
+            )
+        _require(
+            (self.recompute == "selective") == bool(self.recompute_modules),
+            f"recompute={self.recompute} with recompute_modules={list(self.recompute_modules)}: name modules with "
+            "recompute=selective, and only there",
+        )
         _require(self.steps >= 0, f"steps={self.steps} must be >= 0")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up to a constant learning rate (the paper's recipe: 1e-6 after 10 steps)."""
+    """AdamW with a linear warm-up to a constant learning rate (the paper's recipe: 1e-6 after 10 steps).
+
+    Attributes:
+        cpu_offload: fraction of the parameters whose optimizer state (float32 weights and moments) lies in host memory,
+            where they are updated too.
+        moments_dtype: of Adam's moments; bfloat16 is Transformer Engine's, for a GPU only.
+    """
 
     lr: float = 1e-6
     lr_warmup_updates: int = 10
@@ -363,9 +419,16 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    cpu_offload: float = 0.0
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         _require_positive(self, "lr", "adam_eps")
+        _require(0 <= self.cpu_offload <= 1, f"cpu_offload={self.cpu_offload} must lie in [0, 1]")
+        _require(
+            not self.cpu_offload or self.moments_dtype == "float32",
+            f"moments_dtype={self.moments_dtype} is for moments on the GPU; set cpu_offload=0 or moments_dtype=float32",
+        )
         _require(self.lr_warmup_updates >= 0, "lr_warmup_updates must be >= 0")
         _require(self.weight_decay >= 0 and self.clip_grad >= 0, "weight_decay and clip_grad must be >= 0")
         _require(
@@ -435,6 +498,27 @@ class EvalConfig:
         _require_positive(self, "responses_per_prompt", "temperature")
 
 
+GPUS = ("a100", "h100", "h200", "b200")
+"""Of which the planner knows memory and speed."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The machines that a run is meant for. Nothing is started by it: it is what `megatron-aspo plan` plans for."""
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu: str = "h100"
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "nodes", "gpus_per_node")
+        _require(self.gpu in GPUS, f"gpu={self.gpu!r} is not one of {', '.join(GPUS)}")
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A whole run."""
@@ -452,6 +536,7 @@ class RunConfig:
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    cluster: ClusterConfig | None = None
 
     def __post_init__(self) -> None:
         _require(
@@ -554,18 +639,22 @@ _LAID_OUT = (
 def check_layout(sizes: Mapping[str, int], parallel: ParallelConfig, prefix: str) -> None:
     """Raise UserError unless a model of these sizes (named as in ModelConfig; `prefix` stands before the names in
     messages) can be spread as `parallel` says."""
-    for what in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "moe_ffn_hidden_size"):
-        if sizes[what] % parallel.tensor:
+    for what in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "shared_expert_size"):
+        if sizes.get(what, 0) % parallel.tensor:
             raise UserError(
                 f"{prefix}{what}={sizes[what]} is not a multiple of parallel.tensor={parallel.tensor}"
                 "; change one of them"
             )
-    if sizes["num_layers"] % parallel.pipeline:
+    if sizes["moe_ffn_hidden_size"] % parallel.expert_tensor_size:
+        name = "tensor" if parallel.expert_tensor is None else "expert_tensor"
         raise UserError(
-            f"{prefix}num_layers={sizes['num_layers']} is not a multiple of parallel.pipeline={parallel.pipeline}"
-            "; change one of them"
+            f"{prefix}moe_ffn_hidden_size={sizes['moe_ffn_hidden_size']} is not a multiple of "
+            f"parallel.{name}={parallel.expert_tensor_size}; change one of them"
         )
+    stage_layers(sizes["num_layers"], parallel, prefix)
     experts = sizes["num_experts"]
+    if parallel.expert_tensor_size != parallel.tensor and not experts:
+        raise UserError(f"parallel.expert_tensor={parallel.expert_tensor}, but the model has no experts; remove it")
     if parallel.expert > 1 and not experts:
         raise UserError(
             f"parallel.expert={parallel.expert}, but the model has no experts; set parallel.expert=1, or take a "
@@ -581,6 +670,29 @@ def check_layout(sizes: Mapping[str, int], parallel: ParallelConfig, prefix: str
             f"parallel.tensor={parallel.tensor} with {prefix}num_experts={experts} needs sequence parallelism, "
             "or every expert would see every token more than once; set parallel.sequence_parallel=true"
         )
+
+
+def stage_layers(num_layers: int, parallel: ParallelConfig, prefix: str = "") -> list[int]:
+    """Layers of every pipeline stage.
+
+    Raises:
+        UserError: they cannot be spread as `parallel` says; `prefix` stands before `num_layers` in the message.
+    """
+    first, last = parallel.first_stage_layers, parallel.last_stage_layers
+    given = [layers for layers in (first, last) if layers is not None]
+    stages, rest = parallel.pipeline - len(given), num_layers - sum(given)
+    if not given and rest % stages:
+        raise UserError(
+            f"{prefix}num_layers={num_layers} is not a multiple of parallel.pipeline={parallel.pipeline}"
+            "; change one of them, or set parallel.first_stage_layers or last_stage_layers"
+        )
+    if (stages and (rest <= 0 or rest % stages)) or (not stages and rest):
+        raise UserError(
+            f"{prefix}num_layers={num_layers} without parallel.first_stage_layers={first} and "
+            f"last_stage_layers={last} leaves {rest} layers for {stages} stages; make it a positive multiple"
+        )
+    middle = [rest // stages] * stages if stages else []
+    return ([] if first is None else [first]) + middle + ([] if last is None else [last])
 
 
 def _require(condition: bool, message: str) -> None:
@@ -665,6 +777,15 @@ def _check_together(config: RunConfig) -> None:
         raise UserError(
             "data.chat_template=true needs a tokenizer with a chat template, and the character tokenizer has none; "
             "set model.hf_path or data.chat_template=false"
+        )
+    if config.optimizer.cpu_offload and model.dtype != "bfloat16":
+        raise UserError(
+            f"optimizer.cpu_offload={config.optimizer.cpu_offload} is for model.dtype=bfloat16; set one or the other"
+        )
+    if rollout.engine == "megatron" and parallel.expert_tensor_size != parallel.tensor:
+        raise UserError(
+            f"rollout.engine=megatron samples with the experts parted as the rest; remove "
+            f"parallel.expert_tensor={parallel.expert_tensor}, or set rollout.engine=vllm"
         )
     if rollout.engine == "vllm" and model.num_experts:
         raise UserError(

@@ -76,6 +76,7 @@ def train(config: RunConfig, argv: list[str]) -> bool:
             values["optimizer/lr"] = policy.learning_rate
             with clock("update"):
                 values |= update(policy, mini_batches, config)
+            policy.release_gradients()
             with clock("refit"):
                 engine.refit()
 

@@ -92,7 +92,8 @@ def load(path: Path, policy: Policy) -> tuple[int, dict[str, Any]]:
         policy.optimizer.reload_model_params()
     policy.scheduler.step(meta["updates"])
     policy.updates = meta["updates"]
-    if meta["layout"] == _layout(policy):
+    layout = {"expert_tensor": meta["layout"]["tensor"]} | meta["layout"]  # older versions had no other
+    if layout == _layout(policy):
         _set_rng_state(torch.load(path / "rng" / f"rank{dist.get_rank():05d}.pt", weights_only=False))
     return meta["step"], meta["state"]
 
@@ -214,6 +215,7 @@ def _layout(policy: Policy) -> dict[str, int]:
         "pipeline": parallel.pipeline,
         "context": parallel.context,
         "expert": parallel.expert,
+        "expert_tensor": parallel.expert_tensor_size,
         "data": policy.dp_size,
     }
 

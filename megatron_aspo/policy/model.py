@@ -10,19 +10,17 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_aspo.config import ModelConfig, ParallelConfig
+from megatron_aspo.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aspo.errors import UserError
 from megatron_aspo.policy import cpu
 from megatron_aspo.types import MicroBatch
@@ -30,8 +28,9 @@ from megatron_aspo.types import MicroBatch
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def initialize_parallel(config: ParallelConfig, seed: int) -> None:
-    """Megatron's process groups and per-rank seeds; torch.distributed must be initialised.
+def initialize_parallel(config: ParallelConfig, seed: int, gloo: bool = True) -> None:
+    """Megatron's process groups (with `gloo` also such over gloo, beside a GPU's) and per-rank seeds;
+    torch.distributed must be initialised.
 
     The data-parallel size is what is left of the world.
     """
@@ -40,6 +39,8 @@ def initialize_parallel(config: ParallelConfig, seed: int) -> None:
         pipeline_model_parallel_size=config.pipeline,
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor_size,
+        create_gloo_process_groups=gloo,
     )
     # Stages of a pipeline hold different layers and must not draw the same weights (from torch's own generator).
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
@@ -62,7 +63,7 @@ class Architecture:
     inv_freq: torch.Tensor | None = None
 
 
-def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> DistributedDataParallel:
+def build_model(config: RunConfig, vocab_size: int) -> DistributedDataParallel:
     """This rank's part of the model, with random weights or Hugging Face's, wrapped for data parallelism.
 
     Random weights do not depend on the tensor-parallel size: with `use_cpu_initialization` the whole weight is drawn
@@ -73,24 +74,64 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) 
         UserError: a vocabulary or shape that cannot be spread as `parallel` says; a folder of weights that cannot be
             read, is of an unknown architecture, lacks a tensor or has one too many.
     """
-    hf: Any = None
-    if config.hf_path:
+    needs_engine = sorted({"layernorm", "moe_act", "mla_up_proj"}.intersection(config.train.recompute_modules))
+    if needs_engine and importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            f"train.recompute_modules={needs_engine} needs Transformer Engine in this Megatron-Core, which is not "
+            "installed; recompute mlp or moe, or set train.recompute=full"
+        )
+    architecture = read_architecture(config, vocab_size)
+    model: torch.nn.Module = build_gpt(config, architecture, vocab_size)
+    transformer: TransformerConfig = model.config
+    if torch.cuda.is_available():
+        model = model.cuda()
+    if transformer.bf16:
+        model = Float16Module(transformer, model)
+    if config.model.hf_path:
+        from megatron_aspo.policy import hf
+
+        hf.load_weights(config.model.hf_path, model)
+    ddp = DistributedDataParallel(
+        transformer,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        ),
+        model,
+    )
+    if config.parallel.overlap_grad_reduce:
+        transformer.no_sync_func = ddp.no_sync  # until the last micro-batch
+    ddp.broadcast_params()
+    return ddp
+
+
+def read_architecture(config: RunConfig, vocab_size: int) -> Architecture:
+    """The shape of the model, Hugging Face's or the configuration's own.
+
+    Raises:
+        UserError: it cannot be read, or a vocabulary or shape cannot be spread as `config.parallel` says.
+    """
+    if config.model.hf_path:
         from megatron_aspo.policy import hf  # takes seconds to import
 
-        architecture = hf.read_architecture(config, parallel, vocab_size)
-    else:
-        architecture = _architecture(config)
-        if vocab_size % parallel.tensor:
-            raise UserError(
-                f"the vocabulary of {vocab_size} tokens is not a multiple of parallel.tensor={parallel.tensor}; "
-                "change it"
-            )
-    transformer = transformer_config(config, parallel, architecture)
+        return hf.read_architecture(config.model, config.parallel, vocab_size)
+    if vocab_size % config.parallel.tensor:
+        raise UserError(
+            f"the vocabulary of {vocab_size} tokens is not a multiple of parallel.tensor={config.parallel.tensor}; "
+            "change it"
+        )
+    return _architecture(config.model)
+
+
+def build_gpt(config: RunConfig, architecture: Architecture, vocab_size: int) -> GPTModel:
+    """This rank's part of the model, without what wraps it for training."""
+    transformer = transformer_config(config, architecture)
     gpt = GPTModel(
         config=transformer,
         transformer_layer_spec=_block_spec(transformer),  # type: ignore[arg-type]  (a block's is taken too)
-        vocab_size=vocab_size + -vocab_size % parallel.tensor,
-        max_sequence_length=config.max_sequence_length,
+        vocab_size=vocab_size + -vocab_size % config.parallel.tensor,
+        max_sequence_length=config.model.max_sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         position_embedding_type="rope",
@@ -98,34 +139,25 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) 
         share_embeddings_and_output_weights=architecture.tie_embeddings,
         parallel_output=True,
     )
-    # Under context parallelism Megatron would cut the table of rotary angles for batches too, but only packed streams
-    # are parted here, and those look their positions up in the whole table; decoding sees whole sequences.
-    gpt.rotary_pos_emb.cp_group = None
-    if architecture.inv_freq is not None:
-        gpt.rotary_pos_emb.inv_freq = architecture.inv_freq.to(gpt.rotary_pos_emb.inv_freq.device)
-    model: torch.nn.Module = gpt
-    if torch.cuda.is_available():
-        model = model.cuda()
-    if transformer.bf16:
-        model = Float16Module(transformer, model)
-    if hf is not None:
-        hf.load_weights(config.hf_path, model)
-    ddp = DistributedDataParallel(
-        transformer,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-        model,
-    )
-    ddp.broadcast_params()
-    return ddp
+    if not transformer.multi_latent_attention:
+        # Under context parallelism Megatron would cut the table of rotary angles for batches too, but only packed
+        # streams are parted here, and those look their positions up in the whole table; decoding sees whole sequences.
+        gpt.rotary_pos_emb.cp_group = None
+        if architecture.inv_freq is not None:
+            gpt.rotary_pos_emb.inv_freq = architecture.inv_freq.to(gpt.rotary_pos_emb.inv_freq.device)
+    return gpt
 
 
-def transformer_config(config: ModelConfig, parallel: ParallelConfig, architecture: Architecture) -> TransformerConfig:
+def transformer_config(config: RunConfig, architecture: Architecture) -> TransformerConfig:
     """Megatron's configuration. Fusions that need Transformer Engine or apex are off where there is no GPU."""
     on_gpu = torch.cuda.is_available()
-    dtype = _DTYPES[config.dtype]
-    transformer = TransformerConfig(
-        **architecture.transformer,
-        **(_expert_settings(config) if architecture.transformer["num_moe_experts"] else {}),
+    model, parallel = config.model, config.parallel
+    dtype = _DTYPES[model.dtype]
+    kind = MLATransformerConfig if architecture.transformer.get("multi_latent_attention") else TransformerConfig
+    experts = _expert_settings(model) if architecture.transformer["num_moe_experts"] else {}
+    transformer = kind(
+        **(experts | architecture.transformer),
+        **_recompute_settings(config.train),
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -134,14 +166,17 @@ def transformer_config(config: ModelConfig, parallel: ParallelConfig, architectu
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True,
-        perform_initialization=not config.hf_path,
+        perform_initialization=not model.hf_path,
         calculate_per_token_loss=True,
         bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
@@ -150,6 +185,15 @@ def transformer_config(config: ModelConfig, parallel: ParallelConfig, architectu
     # Megatron-Bridge asks the configuration for it.
     setattr(transformer, "share_embeddings_and_output_weights", architecture.tie_embeddings)  # noqa: B010
     return transformer
+
+
+def _recompute_settings(train: TrainConfig) -> dict[str, Any]:
+    if train.recompute == "full":
+        method = {"recompute_method": train.recompute_method, "recompute_num_layers": train.recompute_layers}
+        return {"recompute_granularity": "full"} | method
+    if train.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(train.recompute_modules)}
+    return {}
 
 
 def _architecture(config: ModelConfig) -> Architecture:
@@ -216,24 +260,36 @@ def _block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
             )
         if not config.bf16:
             raise UserError("packed attention on a GPU has no float32 kernel; set model.dtype=bfloat16")
-        return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-        )
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    first, count = get_transformer_layer_offset(config), get_num_layers_to_build(config)
+    frequency = config.moe_layer_freq  # 1 is experts in every layer
+    mixture = frequency if isinstance(frequency, list) else [1] * config.num_layers
+    layers = {bool(has): _local_layer(config, bool(has) and bool(config.num_moe_experts)) for has in set(mixture)}
+    specs = [layers[bool(has)] for has in mixture[first : first + count]]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=cpu.RMSNorm)
+
+
+def _local_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
+    """Megatron's own layer for a CPU."""
     spec = get_gpt_layer_local_spec(
-        normalization="RMSNorm", num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+        normalization="RMSNorm",
+        num_experts=config.num_moe_experts if experts else None,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
     )
     layer: Any = spec.submodules
-    if config.num_moe_experts:
+    if experts:
         moe = layer.mlp.keywords["submodules"]
         if config.perform_initialization:
             moe.experts = partial(cpu.build_experts, moe.experts)
         # Its map gives a dense layer's names in checkpoints; Transformer Engine keeps this norm apart from experts.
-        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     layer.input_layernorm = layer.pre_mlp_layernorm = cpu.RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = cpu.PackedAttention
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = cpu.RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=cpu.RMSNorm)
+        if config.multi_latent_attention:
+            attention.q_layernorm = attention.kv_layernorm = cpu.RMSNorm
+        else:
+            attention.q_layernorm = attention.k_layernorm = cpu.RMSNorm
+    return spec

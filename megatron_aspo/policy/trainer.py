@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ class Policy:
         initialize_parallel(config.parallel, config.seed)
         self.config = config
         self.vocab_size = vocab_size
-        self.model: Any = build_model(config.model, config.parallel, vocab_size)
+        self.model: Any = build_model(config, vocab_size)
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.tp_group: Any = parallel_state.get_tensor_model_parallel_group()
         self.pp_group = _pipeline_group()
@@ -141,6 +142,7 @@ class Policy:
                 bf16=model.dtype == "bfloat16",
                 params_dtype=self.model.config.params_dtype,
                 use_distributed_optimizer=True,
+                **_offload_settings(config, self.device.type == "cuda"),
             ),
             [self.model],
         )
@@ -159,6 +161,7 @@ class Policy:
         )
         self.scheduler.step(1)  # the first update has lr / warm-up updates, not 0
         self.updates = 0
+        self.release_gradients()
 
     def pack(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         """This rank's micro-batches of a mini-batch; see `packing.pack`."""
@@ -186,8 +189,14 @@ class Policy:
             for batch, result in zip(batches, results, strict=True):
                 setattr(batch, name, result["logprobs"])
 
+    def release_gradients(self) -> None:
+        """Free the gradients' buffers until the next `train_step`, if `train.release_gradients`."""
+        if self.config.train.release_gradients:
+            self.model.offload_grad_buffers()  # freed and not copied, whatever its name says
+
     def train_step(self, batches: Sequence[MicroBatch], loss: PolicyLossConfig, metrics: UpdateMetrics) -> None:
         """One optimizer update on a mini-batch; adds what it saw to `metrics`."""
+        self.model.restore_grad_buffers()  # where they have been released
         self.optimizer.zero_grad()
         self.model.zero_grad_buffer()
         if self.model.config.num_moe_experts:
@@ -311,6 +320,33 @@ class Policy:
         return model(
             **model_inputs(batch), **self._output_dtype, output_processor=head, output_processor_context=arguments
         )
+
+
+def _offload_settings(config: OptimizerConfig, on_gpu: bool) -> dict[str, Any]:
+    """Megatron's settings for optimizer states that are not float32 on the GPU; none if they are.
+
+    Megatron keeps a second float32 copy of the weights on the GPU unless the optimizer is "precision-aware".
+    """
+    if config.cpu_offload:
+        if not on_gpu:
+            raise UserError(
+                f"optimizer.cpu_offload={config.cpu_offload} needs a GPU to offload from; set optimizer.cpu_offload=0"
+            )
+        return {
+            "use_precision_aware_optimizer": True,
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": config.cpu_offload,
+            "overlap_cpu_optimizer_d2h_h2d": True,
+        }
+    if config.moments_dtype == "bfloat16":
+        if importlib.util.find_spec("transformer_engine") is None:
+            raise UserError(
+                "optimizer.moments_dtype=bfloat16 needs Transformer Engine's optimizer, which is not installed; set "
+                "optimizer.moments_dtype=float32"
+            )
+        moments = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
+        return {"use_precision_aware_optimizer": True} | moments
+    return {}
 
 
 def _pipeline_group() -> Any:

@@ -580,7 +580,7 @@ def accumulate(overlap: bool) -> list[tuple[Any, float, bool]]:
                 layer = Output(place.shard(batches[0].weight), tied)
                 before = layer.weight.detach().clone()
                 ddp = DistributedDataParallel(
-                    transformer_config(config.model, config.parallel, _architecture(config.model)),
+                    transformer_config(config, _architecture(config.model)),
                     DistributedDataParallelConfig(
                         grad_reduce_in_fp32=dtype != torch.float64, overlap_grad_reduce=overlap
                     ),

@@ -1,0 +1,89 @@
+"""Whether a model can be spread as a run says; imports no torch."""
+
+from __future__ import annotations
+
+from megatron_aspo.config import RunConfig, check_layout, check_world_size, config_warnings
+from megatron_aspo.errors import UserError
+from megatron_aspo.planning.architectures import Shape
+from megatron_aspo.planning.gpus import GIB
+from megatron_aspo.planning.memory import data_parallel_size, micro_batches
+from megatron_aspo.planning.parameters import kv_bytes_per_token
+
+
+def check_plan(config: RunConfig, shape: Shape, world: int) -> None:
+    """Raise UserError for the first thing that would keep the run from starting."""
+    what = f"the model at model.hf_path={config.model.hf_path}: " if config.model.hf_path else "model."
+    sizes = {
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_heads if shape.latent else shape.num_kv_heads,
+        "ffn_hidden_size": shape.ffn_size,
+        "shared_expert_size": shape.shared_size,
+        "moe_ffn_hidden_size": shape.expert_size,
+        "num_layers": shape.num_layers,
+        "num_experts": shape.num_experts,
+    }
+    check_layout(sizes, config.parallel, what)
+    check_world_size(config, world)
+    if config.model.max_sequence_length > shape.max_positions:
+        raise UserError(
+            f"model.max_sequence_length={config.model.max_sequence_length} exceeds the {shape.max_positions} positions "
+            f"that {what.rstrip(': ')} has been made for; lower it"
+        )
+    samples = config.train.mini_batch_prompts * config.rollout.responses_per_prompt
+    shares = data_parallel_size(config, world)
+    if samples < shares:
+        raise UserError(
+            f"an update of train.mini_batch_prompts={config.train.mini_batch_prompts} x rollout.responses_per_prompt="
+            f"{config.rollout.responses_per_prompt} samples leaves some of {shares} data-parallel ranks without any; "
+            "raise one, or parallel.pipeline, or take fewer GPUs"
+        )
+    if config.rollout.engine == "vllm":
+        _check_engine(config, shape)
+
+
+def _check_engine(config: RunConfig, shape: Shape) -> None:
+    rollout = config.rollout
+    for name, size in (
+        ("attention heads", shape.num_heads),
+        ("feed-forward size", shape.ffn_size),
+        ("expert size", shape.expert_size),
+        ("shared experts' size", shape.shared_size),
+    ):
+        if size % rollout.tensor:
+            raise UserError(
+                f"vLLM cannot spread {name} {size} over rollout.tensor={rollout.tensor} ranks; make it a divisor"
+            )
+    few, many = sorted((shape.num_kv_heads, rollout.tensor))
+    if shape.latent is None and many % few:
+        raise UserError(
+            f"vLLM cannot spread {shape.num_kv_heads} key-value heads over rollout.tensor={rollout.tensor} ranks; make "
+            "it a divisor or a multiple"
+        )
+    needed = kv_bytes_per_token(shape, rollout.tensor) * config.model.max_sequence_length
+    if rollout.kv_cache_gb * GIB < needed:
+        raise UserError(
+            f"rollout.kv_cache_gb={rollout.kv_cache_gb:g} does not hold one sequence of model.max_sequence_length="
+            f"{config.model.max_sequence_length} tokens; make it at least {needed / GIB:.2f}"
+        )
+
+
+def plan_notes(config: RunConfig, shape: Shape, world: int) -> list[str]:
+    """What would run, but perhaps not as meant, a line each."""
+    notes = config_warnings(config)
+    if 1 < config.updates_per_step < 4:
+        notes.append(
+            f"{config.updates_per_step} optimizer updates per rollout batch: importance ratios, which "
+            f"{config.loss.objective.upper()} is about, stay close to 1; 4 or more are usual"
+        )
+    per_node = config.cluster.gpus_per_node if config.cluster else 8
+    for name, size in (("parallel.tensor", config.parallel.tensor), ("rollout.tensor", config.rollout.tensor)):
+        if size > per_node:
+            notes.append(f"{name}={size} spans nodes of {per_node} GPUs: its all-reduces then cross the network")
+    count, stages = micro_batches(config, world), config.parallel.pipeline
+    idle = (stages - 1) / (count + stages - 1)
+    if idle > 0.3:
+        notes.append(
+            f"{count} micro-batches per update over {stages} pipeline stages: {idle:.0%} of the update is the "
+            "pipeline's bubble; lower train.max_tokens_per_micro_batch or parallel.pipeline, or enlarge the mini-batch"
+        )
+    return notes
