@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,13 @@ from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.run_folder import PARTIAL_SUFFIX
 from megatron_aspo.tokenizer import unreadable
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "DeepseekV3ForCausalLM",
+)
 """The bridge knows more; for these our layers on a CPU and on a GPU compute what transformers does."""
 
 MAX_SHARD_BYTES = 2 << 30
@@ -51,7 +59,34 @@ _TRANSFORMER_FIELDS = (
     "qk_layernorm",
     "num_moe_experts",
 )
-_EXPERT_FIELDS = ("moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax")
+_EXPERT_FIELDS = (
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_router_pre_softmax",
+    "moe_layer_freq",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+)
+_LATENT_FIELDS = (
+    "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "rope_type",
+    "rotary_base",
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer, but no index of weights
 
@@ -98,6 +133,8 @@ def _quiet() -> Iterator[None]:
 
 
 AutoBridge = _import_auto_bridge()
+from megatron.bridge.models.conversion.model_bridge import _megatron_local_name_to_global  # noqa: E402
+from megatron.bridge.models.conversion.utils import persistent_buffers  # noqa: E402
 
 
 @functools.cache
@@ -127,9 +164,11 @@ def read_architecture(config: ModelConfig, parallel: ParallelConfig, vocab_size:
     what = f"the model at model.hf_path={config.hf_path}"
     assert vocab_size == hf.vocab_size, "the vocabulary is the tokenizer's of another model"
     rope_type = hf.rope_parameters.get("rope_type", "default")
+    latent = provider.multi_latent_attention
     for found, supported in (
         (f"hidden_act={hf.hidden_act}", hf.hidden_act == "silu"),
-        (f"rope_type={rope_type}", rope_type in ("default", "linear", "llama3")),
+        (f"rope_type={rope_type}", rope_type in (("default", "yarn") if latent else ("default", "linear", "llama3"))),
+        ("a layer for a second token (MTP)", not getattr(hf, "num_nextn_predict_layers", 0)),
         ("sliding-window attention", "sliding_attention" not in (getattr(hf, "layer_types", None) or ())),
         ("layers without experts", not getattr(hf, "mlp_only_layers", None)),
         ("layers without experts", getattr(hf, "decoder_sparse_step", 1) == 1),
@@ -142,18 +181,23 @@ def read_architecture(config: ModelConfig, parallel: ParallelConfig, vocab_size:
             f"model.max_sequence_length={config.max_sequence_length} exceeds the {hf.max_position_embeddings} "
             f"positions that {what} has been made for; lower it"
         )
-    fields = _TRANSFORMER_FIELDS + (_EXPERT_FIELDS if provider.num_moe_experts else ())
-    transformer = {name: getattr(provider, name) for name in fields}
     experts = provider.num_moe_experts or 0
+    fields = _TRANSFORMER_FIELDS + (_EXPERT_FIELDS if experts else ()) + (_LATENT_FIELDS if latent else ())
+    transformer = {name: getattr(provider, name) for name in fields}
+    if transformer.get("moe_router_enable_expert_bias"):
+        transformer["moe_router_bias_update_rate"] = (
+            0.0  # the bias stays the model's: it is no part of the policy's loss
+        )
     sizes = {
         **{name: transformer[name] for name in ("num_attention_heads", "num_query_groups", "num_layers")},
-        "ffn_hidden_size": 0 if experts else provider.ffn_hidden_size,
+        "ffn_hidden_size": 0 if experts and provider.moe_layer_freq == 1 else provider.ffn_hidden_size,
+        "shared_expert_size": (provider.moe_shared_expert_intermediate_size or 0) if experts else 0,
         "moe_ffn_hidden_size": provider.moe_ffn_hidden_size if experts else 0,
         "num_experts": experts,
     }
     check_layout(sizes, parallel, f"{what}: ")
     inv_freq = None
-    if rope_type != "default":  # Megatron's own scaling takes Llama 3.1's numbers for granted
+    if rope_type != "default" and not latent:  # Megatron's own scaling takes Llama 3.1's numbers for granted
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         inv_freq, _ = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"))
@@ -219,12 +263,71 @@ def _stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
 
 
 def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """What transformers would save, as far as its modules are named like its files (experts are not)."""
+    """What transformers would save, under the names of files (where each expert has tensors of its own)."""
     from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        saved = revert_weight_conversion(model, model.state_dict())
+    tied = _EMBEDDINGS[1] if config.tie_word_embeddings else None
+    return {name: tuple(tensor.shape) for name, tensor in saved.items() if name != tied}
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """A parameter of this rank and what it is made from.
+
+    Attributes:
+        names: the tensors of the model's files.
+        parts: ranks that the tensors are cut over.
+    """
+
+    parameter: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    parts: int
+    is_expert: bool
+
+
+def consumed_tensors(path: str, gpt: Any) -> list[Consumed]:
+    """What this rank's part of the model takes from the files, without asking other ranks and without any file.
+
+    Raises:
+        UserError: the bridge does not know one of its parameters.
+    """
+    model_bridge = _bridge(path)._model_bridge
+    model_bridge.hf_config = _bridge(path).hf_pretrained.config
+    registry = model_bridge.mapping_registry()
+    consumed: list[Consumed] = []
+    for name, parameter in itertools.chain(gpt.named_parameters(), persistent_buffers(gpt)):
+        if gpt.share_embeddings_and_output_weights and name.startswith("output_layer."):
+            continue  # a copy of the embedding
+        mapping = registry.megatron_to_hf_lookup(_megatron_local_name_to_global([gpt], gpt.config, name, 0))
+        if mapping is None:
+            raise UserError(f"Megatron-Bridge does not know the parameter {name} of a model like {path}")
+        names = mapping.hf_param
+        is_expert = not getattr(parameter, "allreduce", True)
+        cut = getattr(parameter, "tensor_model_parallel", False)
+        config = gpt.config
+        ranks = config.expert_tensor_parallel_size if is_expert else config.tensor_model_parallel_size
+        consumed.append(
+            Consumed(
+                name,
+                (names,) if isinstance(names, str) else tuple(names.values()),
+                tuple(parameter.shape),
+                ranks if cut else 1,
+                ".experts." in name,
+            )
+        )
+    return consumed
+
+
+def file_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a folder's files; where it has none, those that transformers would write for its config.json."""
+    if any(Path(path).glob("*.safetensors")):
+        return _stored_shapes(path)
+    return _expected_shapes(_bridge(path).hf_pretrained.config)
 
 
 def _local_folder(path: str, *patterns: str) -> Path:
