@@ -6,6 +6,7 @@ NeMo-Run starts the ranks; they are those of `megatron-aspo train`, in the proje
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
@@ -85,7 +86,6 @@ def launch(
         executor.setup_lines = BATCH_SETUP.format(interrupted=shlex.quote(f"{output_dir}/{config.name}/interrupted"))
         if executor.container_image:
             python = "python"
-            output_dir.mkdir(parents=True, exist_ok=True)
             executor.container_mounts.append(f"{output_dir}:{output_dir}")
     else:
         executor.env_vars |= {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
@@ -95,7 +95,9 @@ def launch(
         python=shlex.quote(python),
         words=shlex.join([recipe, *words]),
     )
-    if ctx.dryrun:
+    if not ctx.dryrun:
+        output_dir.mkdir(parents=True, exist_ok=True)  # or a container could not mount it
+    else:
         print(f"# Every rank runs:\n{script}")
     with run.Experiment(config.name) as experiment:
         experiment.add(run.Script(inline=script), executor=executor, name="train", tail_logs=True)
@@ -111,55 +113,22 @@ def rank_environment(config: RunConfig) -> list[str]:
     return ["CUDA_DEVICE_MAX_CONNECTIONS=1"] if overlaps and config.cluster else []
 
 
-# --- Recipes, by size: the machines are those of the file's section `cluster`.
+# --- Recipes: every file in examples/, on the machines of its section `cluster`; without one, on CPUs of one machine.
 
 
-def sized(name: str) -> run.Partial[aspo]:
-    path = f"examples/{name}.yaml"
-    cluster = load_config(ROOT / path).cluster
-    gpus = cluster.gpus_per_node
-    return run.Partial(aspo, recipe=path, nodes=cluster.nodes, ranks_per_node=gpus, gpus_per_node=gpus)
+def recipe_factory(path: Path) -> Callable[[], run.Partial]:
+    def factory() -> run.Partial[aspo]:
+        config = load_config(path)
+        file = str(path.relative_to(ROOT))
+        if config.cluster is None:
+            return run.Partial(aspo, recipe=file, ranks_per_node=config.parallel.model_parallel_size)
+        gpus = config.cluster.gpus_per_node
+        return run.Partial(aspo, recipe=file, nodes=config.cluster.nodes, ranks_per_node=gpus, gpus_per_node=gpus)
+
+    return run.cli.factory(factory, target=aspo, name=path.stem)
 
 
-@run.cli.factory(target=aspo)
-def tiny() -> run.Partial[aspo]:
-    """A model of 0.1 M parameters, on two ranks of a CPU."""
-    return run.Partial(aspo, recipe="examples/tiny.yaml", ranks_per_node=2)
-
-
-@run.cli.factory(target=aspo)
-def qwen3_30b_a3b() -> run.Partial[aspo]:
-    return sized("qwen3_30b_a3b")
-
-
-@run.cli.factory(target=aspo)
-def qwen2_5_32b() -> run.Partial[aspo]:
-    return sized("qwen2_5_32b")
-
-
-@run.cli.factory(target=aspo)
-def qwen3_32b() -> run.Partial[aspo]:
-    return sized("qwen3_32b")
-
-
-@run.cli.factory(target=aspo)
-def llama3_3_70b() -> run.Partial[aspo]:
-    return sized("llama3_3_70b")
-
-
-@run.cli.factory(target=aspo)
-def qwen2_5_72b() -> run.Partial[aspo]:
-    return sized("qwen2_5_72b")
-
-
-@run.cli.factory(target=aspo)
-def qwen3_235b_a22b() -> run.Partial[aspo]:
-    return sized("qwen3_235b_a22b")
-
-
-@run.cli.factory(target=aspo)
-def deepseek_v3() -> run.Partial[aspo]:
-    return sized("deepseek_v3")
+RECIPES = {path.stem: recipe_factory(path) for path in sorted(ROOT.glob("examples/*.yaml"))}
 
 
 # --- Executors. `run.executor=slurm run.executor.account=NAME` takes one and changes any of its fields.
@@ -198,4 +167,4 @@ def slurm_container() -> run.Config[run.SlurmExecutor]:
 
 
 if __name__ == "__main__":
-    run.cli.main(aspo, default_factory=tiny, default_executor=local())
+    run.cli.main(aspo, default_factory=RECIPES["tiny"], default_executor=local())
