@@ -48,7 +48,7 @@ SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-ReturnToService=2
+ReturnToService=0
 FirstJobId={first_job}
 KillWait=10
 PartitionName=batch Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF
