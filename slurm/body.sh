@@ -170,6 +170,7 @@ while :; do
   ((rc != 2)) || end 2 "$(tail -n 1 "$LOG_DIR/check-node0.log")"
   if [[ -s $LOG_DIR/bad-nodes ]]; then
     say "bad nodes:" && sed 's/^/  /' "$LOG_DIR/bad-nodes"
+    (($(wc -l <"$LOG_DIR/bad-nodes") < NODES)) || end 1 "no node passes the check: it is not the nodes then"
     requeue "the node check failed" "$(cut -d ' ' -f 1 "$LOG_DIR/bad-nodes" | paste -s -d ,)"
   fi
   if ((rc == 0)); then
