@@ -11,6 +11,7 @@
 #SBATCH --time=1-00:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
+# The signal comes so many seconds before the time limit: more than a step and a checkpoint take.
 #SBATCH --signal=B:USR1@1200
 #SBATCH --output=%x-%j.out
 set -euo pipefail

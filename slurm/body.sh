@@ -21,7 +21,7 @@ sbatch_line() { sed -n "s/^#SBATCH --$1=//p" "$0"; } # what a dry run goes by
 ARGS=() NAME=${SLURM_JOB_NAME:-$(sbatch_line job-name)} OUTPUT_DIR=runs
 for word in "$@"; do
   case $word in
-    [A-Z]*=*) export "${word?}" ;;
+    [[:upper:]]*=*) export "${word?}" ;;
     *)
       [[ $word != name=* ]] || NAME=${word#*=}
       [[ $word != output_dir=* ]] || OUTPUT_DIR=${word#*=}
@@ -64,7 +64,7 @@ cores=$((${SLURM_CPUS_ON_NODE:-0} / TASKS_PER_NODE))
 
 # --- The commands. Signals go to the step's direct child only, hence the exec; USR1 is ignored until python listens.
 # --wait, not --kill-on-bad-exit: when one rank has ended, others may still be saving or telling why.
-STEP=(srun --nodes="$NODES" --open-mode=append --wait="${SLURM_WAIT:-120}")
+STEP=(srun --export=ALL --nodes="$NODES" --open-mode=append --wait="${SLURM_WAIT:-120}")
 if [[ -n $CONTAINER ]]; then
   mounts=$ROOT:$ROOT,$RUN_DIR:$RUN_DIR,$HF_HOME:$HF_HOME${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
   STEP+=(--container-image="$CONTAINER" --container-mounts="$mounts" --container-workdir="$ROOT"
@@ -170,6 +170,7 @@ while :; do
   ((rc != 2)) || end 2 "$(tail -n 1 "$LOG_DIR/check-node0.log")"
   if [[ -s $LOG_DIR/bad-nodes ]]; then
     say "bad nodes:" && sed 's/^/  /' "$LOG_DIR/bad-nodes"
+    (($(wc -l <"$LOG_DIR/bad-nodes") < NODES)) || end 1 "no node passes the check: it is not the nodes then"
     requeue "the node check failed" "$(cut -d ' ' -f 1 "$LOG_DIR/bad-nodes" | paste -s -d ,)"
   fi
   if ((rc == 0)); then
@@ -190,5 +191,6 @@ while :; do
   [[ -z $culprit ]] || { say "from $culprit:" && tail -n 3 "$culprit"; }
   ((crashes <= MAX_CRASHES)) ||
     end 1 "exit code $rc: the crash after MAX_CRASHES=$MAX_CRASHES in a row without a new checkpoint; giving up, see $LOG_DIR"
-  say "exit code $rc: crash $crashes of at most $MAX_CRASHES in a row; starting again from ${before:-the beginning}"
+  newest=$(newest_checkpoint)
+  say "exit code $rc: crash $crashes of at most $MAX_CRASHES in a row; starting again from ${newest:-the beginning}"
 done

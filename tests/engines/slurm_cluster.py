@@ -1,10 +1,12 @@
-"""A Slurm cluster of four nodes on this host, from Debian's packages, with all its state in one folder."""
+"""A Slurm cluster of four nodes on this host, from Debian's packages, with all its state in one folder.
+
+Its nodes pretend to have 8 GPUs, as the scripts ask for; jobs that shall train ask for none.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -12,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+
+from megatron_aspo.launch import _die_with_parent
 
 NODES = 4
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
@@ -45,16 +49,17 @@ SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
+GresTypes=gpu
 SlurmctldParameters=preempt_send_user_signal
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-ReturnToService=2
+ReturnToService=0
 FirstJobId={first_job}
 KillWait=10
 PartitionName=batch Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF
 PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=90
 """
-NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=2000000 State=UNKNOWN\n"
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=2000000 Gres=gpu:8\n"
 
 
 def missing() -> str | None:
@@ -66,7 +71,7 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """The daemons, from construction to `close`. Times are in seconds."""
+    """The daemons, from construction to `close`; they do not outlive this process."""
 
     def __init__(self, state: Path) -> None:
         self.state = state
@@ -78,6 +83,12 @@ class Cluster:
             text += NODE.format(name=f"node{number}", host=host, port=port)
         (state / "slurm.conf").write_text(text)
         (state / "plugstack.conf").touch()
+        # Slurm wants devices, and one for each GPU.
+        for number in range(8):
+            (state / f"gpu{number}").symlink_to("/dev/null")
+        (state / "gres.conf").write_text(
+            f"AutoDetect=off\nNodeName=node[0-{NODES - 1}] Name=gpu File={state}/gpu[0-7]\n"
+        )
         (state / "munge.key").write_bytes(os.urandom(128))
         (state / "munge.key").chmod(0o400)
         self.environment = {
@@ -86,6 +97,7 @@ class Cluster:
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
         }
+        self._daemons: list[subprocess.Popen[bytes]] = []
         try:
             self._start()
         except BaseException:
@@ -94,11 +106,23 @@ class Cluster:
 
     def _start(self) -> None:
         munge = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
-        self.call("munged", "--force", *(f"--{option}={self.state}/munge.{end}" for option, end in munge.items()))
-        self.call("slurmctld", "-c")
+        self._daemon(
+            "munged", "--force", "--foreground", *(f"--{name}={self.state}/munge.{end}" for name, end in munge.items())
+        )
+        wait_until((self.state / "munge.socket").exists, 30, "munged")
+        self._daemon("slurmctld", "-Dc")
         for number in range(NODES):
-            self.call("slurmd", "-N", f"node{number}")
-        wait_until(lambda: self.call("sinfo", "-hN", "-pbatch", "-tidle").count("\n") == NODES, 60, "idle nodes")
+            self._daemon("slurmd", "-DN", f"node{number}")
+        wait_until(self._is_up, 120, lambda: f"idle nodes\n{(self.state / 'slurmctld.log').read_text()}")
+
+    def _daemon(self, *command: str) -> None:
+        log = (self.state / "daemons.log").open("a")
+        self._daemons.append(
+            subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, preexec_fn=_die_with_parent)
+        )
+
+    def _is_up(self) -> bool:
+        return self.call("sinfo", "-hN", "-pbatch", "-tidle", check=False).count("\n") == NODES
 
     def call(self, *command: str, check: bool = True) -> str:
         """Output of a command; `check`: it must succeed."""
@@ -107,21 +131,19 @@ class Cluster:
         return done.stdout
 
     def close(self) -> None:
-        """End the jobs, then the daemons, by their numbers."""
-        if (self.state / "slurmctld.pid").exists():
-            self.call("scancel", "--full", "--user=root", check=False)
-            deadline = time.monotonic() + 60
-            while self.call("squeue", "-h", check=False) and time.monotonic() < deadline:
-                time.sleep(0.5)
-        daemons: list[psutil.Process] = []
-        for file in (*self.state.glob("node*.pid"), self.state / "slurmctld.pid", self.state / "munge.pid"):
-            if file.exists() and psutil.pid_exists(pid := int(file.read_text())):
-                daemons.append(psutil.Process(pid))
-        for daemon in daemons:
-            daemon.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs(daemons, timeout=10)
-        for daemon in alive:
-            daemon.kill()
+        """End the jobs, then the daemons."""
+        self.call("scancel", "--full", "--user=root", check=False)
+        deadline = time.monotonic() + 60
+        while self.call("squeue", "-h", check=False) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+        for daemon in self._daemons:
+            try:
+                daemon.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
 
 
 class Job:
@@ -135,7 +157,7 @@ class Job:
     def __init__(self, cluster: Cluster, root: Path, name: str, words: list[str], flags: list[str]) -> None:
         self.cluster, self.name, self.run_dir = cluster, name, root / name
         self.output = root / f"{name}.out"
-        command = ["sbatch", "--parsable", f"--job-name={name}", f"--output={self.output}", "--gpus-per-node=0"]
+        command = ["sbatch", "--parsable", f"--job-name={name}", f"--output={self.output}"]
         script = ["slurm/aspo_32b.sh", f"output_dir={root}", *words]
         self.id = cluster.call(*command, *flags, *script).strip()
 

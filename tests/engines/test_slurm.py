@@ -20,6 +20,7 @@ pytestmark = [
 ]
 
 SETTINGS = ["RECIPE=tiny", f"PYTHON={sys.executable}", "SLURM_WAIT=20"]
+SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0")
 STEPS = 10
 # What the warm-up depends on is the recipe's, so that the first job makes it for all.
 SHORT = [
@@ -42,12 +43,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def submit(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Submit:
-    """Submits a job of two nodes; all share the warm-up."""
+    """Submits a job; all share the warm-up."""
     root = tmp_path_factory.mktemp("runs")
 
-    def submit(name: str, *words: str, flags: tuple[str, ...] = (), ranks_per_node: int = 1) -> Job:
-        layout = ["--nodes=2", f"--ntasks-per-node={ranks_per_node}", *flags]
-        return Job(cluster, root, name, [*SETTINGS, f"warmup.cache_dir={root}/cache", *words], layout)
+    def submit(name: str, *words: str, layout: tuple[str, ...] = SMALL, flags: tuple[str, ...] = ()) -> Job:
+        settings = [*SETTINGS, f"warmup.cache_dir={root}/cache", *words]
+        return Job(cluster, root, name, settings, [*layout, *flags])
 
     return submit
 
@@ -55,7 +56,7 @@ def submit(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Submit
 @pytest.fixture(scope="module")
 def trained(submit: Submit) -> Job:
     """The whole recipe over 2 nodes of 2 ranks, tensor-parallel on a node and data-parallel between them."""
-    job = submit("trained", ranks_per_node=2)
+    job = submit("trained", layout=("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0"))
     job.finish()
     return job
 
@@ -169,8 +170,7 @@ def test_a_node_that_goes_down(submit: Submit, cluster: Cluster, undisturbed: li
         check_goes_on_as_if_nothing_had_happened(job, undisturbed, restarts=1)
     finally:
         cluster.call("scontrol", "update", "NodeName=node1", "State=RESUME")
-    assert "on node0 node1;" in job.said
-    assert "on node0 node2;" in job.said
+    assert ["node1" in line for line in job.said.splitlines() if "tiny.yaml on" in line] == [True, False]
 
 
 def test_a_chain_where_requeueing_is_forbidden(
@@ -212,8 +212,17 @@ def test_a_bad_node_is_named_and_left_out(submit: Submit, trained: Job) -> None:
     job.finish()
     assert job.exit_code == 0, job.said
     assert "node1 NODE_CHECK ended with 1: the fan is loose" in job.said
-    assert "on node0 node2;" in job.said
+    assert ["node1" in line for line in job.said.splitlines() if "tiny.yaml on" in line] == [True, False]
     assert job.field("ExcNodeList") == "node1"
+
+
+def test_the_script_as_it_is_asks_for_gpus(submit: Submit) -> None:
+    job = submit("as-it-is", layout=())
+    job.finish()
+    assert job.exit_code == 1
+    for node in range(4):
+        assert f"node{node} GPUs: 0 of the 8 that Slurm gave answer" in job.said
+    assert "no node passes the check" in job.said.splitlines()[-1]
 
 
 def test_a_mistake_ends_the_job_at_once(submit: Submit) -> None:
