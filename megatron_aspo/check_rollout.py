@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron_aspo.config import RunConfig
+from megatron_aspo.config import RunConfig, colocated
 from megatron_aspo.data import ReasoningGymPrompts
 from megatron_aspo.distributed import distributed
 from megatron_aspo.mismatch import measure_mismatch
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy
-from megatron_aspo.rollout.engine import RolloutEngine, build_engine
+from megatron_aspo.rollout.engine import RolloutEngine, build_engine, check_engine
 from megatron_aspo.run_folder import find_checkpoint
 from megatron_aspo.tokenizer import load_tokenizer
 from megatron_aspo.types import Prompt, Sample
@@ -121,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         parser = cli.Parser(prog="megatron_aspo.check_rollout")
         cli.add_check_arguments(parser)
         arguments = cli.parse(parser, argv)
-        config = cli.parse_run_config(arguments)
+        config = colocated(cli.parse_run_config(arguments))
+        check_engine(config.rollout)
         with distributed(config):
             tokenizer = load_tokenizer(config)
             prompts = ReasoningGymPrompts.of(config, tokenizer)

@@ -7,14 +7,14 @@ import sys
 
 import torch.distributed as dist
 
-from megatron_aspo.config import EvalConfig
+from megatron_aspo.config import EvalConfig, colocated
 from megatron_aspo.data import ReasoningGymPrompts
 from megatron_aspo.distributed import distributed
 from megatron_aspo.metrics import sample_metrics
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rewards.reasoning_gym import score
-from megatron_aspo.rollout.engine import RolloutEngine, build_engine
+from megatron_aspo.rollout.engine import RolloutEngine, build_engine, check_engine
 from megatron_aspo.run_folder import find_checkpoint
 from megatron_aspo.tokenizer import load_tokenizer
 
@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         parser = cli.Parser(prog="megatron_aspo.evaluation")
         cli.add_eval_arguments(parser)
         arguments = cli.parse(parser, argv)
-        config = cli.parse_run_config(arguments)
+        config = colocated(cli.parse_run_config(arguments))
+        check_engine(config.rollout)
         with distributed(config):
             tokenizer = load_tokenizer(config)
             prompts = ReasoningGymPrompts.of(config, tokenizer)

@@ -35,8 +35,8 @@ class Tokenizer(Protocol):
         """The tokens of a prompt, with what the model expects before and after it."""
         ...
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """The text without special tokens."""
+    def decode(self, token_ids: Iterable[int], special: bool = False) -> str:
+        """The text, without special tokens unless they are asked for."""
         ...
 
 
@@ -65,9 +65,9 @@ class AsciiTokenizer:
     def encode_prompt(self, text: str) -> tuple[int, ...]:
         return self.encode(text)
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """The text without control characters (all ids are below 128)."""
-        return "".join(c for c in map(chr, token_ids) if c.isprintable() or c in "\n\t")
+    def decode(self, token_ids: Iterable[int], special: bool = False) -> str:
+        """The text (all ids are below 128), without control characters unless they are asked for."""
+        return "".join(c for c in map(chr, token_ids) if special or c.isprintable() or c in "\n\t")
 
 
 class HuggingFaceTokenizer:
@@ -119,8 +119,8 @@ class HuggingFaceTokenizer:
         )
         return self.encode(chat)  # the template wrote the special tokens
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Iterable[int], special: bool = False) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=not special)
 
 
 def unreadable(path: str, error: Exception) -> UserError:

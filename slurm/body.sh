@@ -9,6 +9,7 @@
 #   MAX_RESTARTS  how often the job may go back to the queue (20)
 #   MAX_CRASHES   how many crashes in a row, without a new checkpoint, it may start again from (3)
 #   NODE_CHECK    a command of the site's that fails on a bad node
+#   SLURM_WAIT    seconds that ranks may take to end after the first one has (120)
 #   OFFLINE=1     nothing is fetched from the Hugging Face hub
 # Words with a small letter first are settings of the recipe: loss.clip_high=0.28. The run's folder is runs/<job name>
 # unless name= or output_dir= says otherwise, so a job of the same name continues the run. Exit codes: 0 trained to the
@@ -159,6 +160,8 @@ MASTER_ADDR=$(scontrol --oneliner show node "${hosts[0]}" | sed -n 's/.* NodeAdd
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + JOB % 20000))} NODE_NAMES="${hosts[*]}"
 if [[ -n $CONTAINER ]]; then
   if [[ -f $CONTAINER ]]; then sha256sum "$CONTAINER"; else echo "$CONTAINER"; fi >"$LOG_DIR/container.txt" &
+  # The node check notes this too, unless the container has no git.
+  { git rev-parse HEAD && git diff HEAD; } >"$LOG_DIR/git-outside.txt" 2>&1 || true
 fi
 say "$RECIPE on ${hosts[*]}; logs in $LOG_DIR"
 

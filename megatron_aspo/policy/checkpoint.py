@@ -1,8 +1,8 @@
 """Checkpoints with Megatron's dist_checkpointing: written at one layout, read at any other.
 
 A checkpoint is a folder `step_000025`: `meta.json` (step, data position, ...), the model's and optimizer's
-shards, and `rng/`, the random states of every rank. It is written under another name and renamed when complete,
-so that a half-written one is never picked up.
+shards, `rng/`, the random states of every rank, and `batches.pt` if batches had been sampled ahead.
+It is written under another name and renamed when complete, so that a half-written one is never picked up.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from megatron_aspo.config import ModelConfig
 from megatron_aspo.errors import UserError
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.run_folder import META_FILE, PARTIAL_SUFFIX, STEP_PREFIX, list_checkpoints, read_meta, step_of
+from megatron_aspo.types import Batch
 
 # The one format of the distributed optimizer that can be read at another layout.
 _OPTIMIZER_FORMAT = {
@@ -35,15 +37,20 @@ _OPTIMIZER_FORMAT = {
     "chained_optim_avoid_prefix": True,
 }
 
+_BATCHES_FILE = "batches.pt"
+
 # Of the model's section, but no property of its weights.
 _TRAINING_SETTINGS = ("moe_aux_loss_coef", "moe_z_loss_coef")
 
 
-def save(root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int = 0) -> Path:
+def save(
+    root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int = 0, batches: Sequence[Batch] = ()
+) -> Path:
     """Write `root/step_<step>` and delete all but the `keep` newest (0 keeps all). Collective.
 
     Args:
         state: JSON-serialisable, the same on every rank; `load` returns it.
+        batches: sampled ahead, the same on every rank; `load_batches` returns them.
     """
     final = root / f"{STEP_PREFIX}{step:06d}"
     partial = root / (final.name + PARTIAL_SUFFIX)
@@ -61,6 +68,8 @@ def save(root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int
     }
 
     def publish() -> None:
+        if batches:
+            torch.save(list(batches), partial / _BATCHES_FILE)
         _publish(partial, final, meta)
         # A run that went back to an older checkpoint has left the newer ones behind: they are not its future.
         stale = [path for path in list_checkpoints(root) if step_of(path) > step]
@@ -96,6 +105,22 @@ def load(path: Path, policy: Policy) -> tuple[int, dict[str, Any]]:
     if layout == _layout(policy):
         _set_rng_state(torch.load(path / "rng" / f"rank{dist.get_rank():05d}.pt", weights_only=False))
     return meta["step"], meta["state"]
+
+
+def load_batches(path: Path) -> list[Batch]:
+    """The batches that had been sampled ahead when the checkpoint was written.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    file = path / _BATCHES_FILE
+    if not file.is_file():
+        return []
+    try:
+        return torch.load(file, weights_only=False)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read {file}: {reason}; resume from an older checkpoint") from None
 
 
 def save_weights(path: Path, policy: Policy) -> None:

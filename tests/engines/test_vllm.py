@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import ctypes
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from ranks import VOCAB, ends, run, run_config
+from ranks import VOCAB, run, run_config
 from tiny_models import write_model
 
 from megatron_aspo.check_rollout import Verdict, check_rollout
@@ -30,7 +31,7 @@ from megatron_aspo.mismatch import measure_mismatch
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
 from megatron_aspo.rollout.engine import build_engine
 from megatron_aspo.rollout.megatron import EmbeddedEngine
-from megatron_aspo.rollout.vllm import VllmEngine
+from megatron_aspo.rollout.vllm import PolicyWeights, VllmEngine
 from megatron_aspo.tokenizer import AsciiTokenizer
 from megatron_aspo.train import train
 from megatron_aspo.types import Prompt, Sample
@@ -139,32 +140,36 @@ def test_logprobs_and_greedy_responses_are_the_trainers_before_and_after_updates
     assert everyones[0]["sync"].buckets > 1
 
 
-def logprobs_before_and_after(config: RunConfig, vocab_size: int) -> tuple[float, float, float]:
-    """Largest |d| of the initial weights, of updated ones, and of updated ones with vLLM refitted."""
+def logprobs_before_and_after(config: RunConfig, vocab_size: int) -> list[dict[str, float]]:
+    """The mismatch of the initial weights, of updated ones, and of updated ones with vLLM refitted."""
     with distributed(config):
         policy = Policy(config, vocab_size)
         engine = build_engine(policy, config.rollout, AsciiTokenizer(), seed=1)
         engine.refit()
         samples = engine.generate(make_prompts(), 2, 0.7)
-        fresh = mismatch(policy, samples)["logprob_diff_max"]
+        fresh = mismatch(policy, samples)
         update(policy, samples, 2)
-        stale = mismatch(policy, samples)["logprob_diff_max"]
+        stale = mismatch(policy, samples)
         engine.refit()
-        return fresh, stale, mismatch(policy, engine.generate(make_prompts(), 2, 0.7))["logprob_diff_max"]
+        return [fresh, stale, mismatch(policy, engine.generate(make_prompts(), 2, 0.7))]
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama3-rope", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-tied", "llama3-rope", "qwen2", "qwen3", "qwen3-moe"])
 def test_models_of_hugging_face(name: str, tmp_path: Path) -> None:
-    write_model(name, tmp_path / name, hidden_size=128, head_dim=32)
+    # vLLM pads experts of 48 to 64 on a CPU, and packs them.
+    experts = {"moe_intermediate_size": 48} if name == "qwen3-moe" else {}
+    write_model(name, tmp_path / name, hidden_size=128, head_dim=32, **experts)
     config = vllm_config(ModelConfig(hf_path=str(tmp_path / name), max_sequence_length=64), temperature=0.7)
     fresh, stale, refitted = run(1, logprobs_before_and_after, config, 131)[0]
-    assert fresh < 1e-4  # of logits that are far from 0
-    assert stale > 0.1
-    assert refitted < 1e-4
+    for found in (fresh, refitted):
+        assert found["logprob_diff"] < 1e-5
+        assert found["logprob_diff_max"] < 1e-4  # of logits that are far from 0
+    assert stale["logprob_diff"] > 0.1
 
 
 def refit_often(config: RunConfig, cycles: int) -> list[int]:
-    """Resident bytes after each refit and some sampling."""
+    """Resident bytes after each refit and some sampling, without what malloc keeps for later."""
+    trim = ctypes.CDLL(None).malloc_trim
     sizes: list[int] = []
     with distributed(config):
         policy = Policy(config, VOCAB)
@@ -175,16 +180,20 @@ def refit_often(config: RunConfig, cycles: int) -> list[int]:
                     parameter.mul_(1.01)
             engine.refit()
             engine.generate(make_prompts(8), 2, 1.0)
+            gc.collect()
+            trim(0)
             sizes.append(psutil.Process().memory_info().rss)
     return sizes
 
 
 def test_memory_stays_flat_over_refits() -> None:
-    model = replace(LLAMA, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=8, num_layers=4)  # 50 MB
-    sizes = run(1, refit_often, vllm_config(model), 50)[0][5:]
-    usual = np.median(sizes[:15])
-    assert max(sizes) < 1.02 * usual  # malloc gives some back now and then: less is no leak
-    assert np.median(sizes[-15:]) < 1.01 * usual  # a tensor that was kept each time would show
+    # 50 MB: if one refit in two kept its weights, 50 of them would keep the size of the whole process.
+    model = replace(LLAMA, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=8, num_layers=4)
+    sizes = run(1, refit_often, vllm_config(model), 55)[0][5:]
+    usual = float(np.median(sizes))
+    assert 0.98 * usual < min(sizes)
+    assert max(sizes) < 1.02 * usual
+    assert np.median(sizes[-15:]) < 1.005 * np.median(sizes[:15])  # a megabyte a refit would show
 
 
 def sample_many_and_few(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
@@ -203,37 +212,17 @@ def test_prompts_beyond_the_tokens_of_one_forward_pass() -> None:
     assert [sample.token_ids for sample in many[80:90]] == [sample.token_ids for sample in few]
 
 
-def sample_with_stops(config: RunConfig) -> tuple[list[Sample], list[Sample], list[Sample]]:
-    """Free responses, the same with stop sequences of one and two tokens, and 64 a prompt from the top 3."""
+def sample_from_the_top(config: RunConfig) -> list[Sample]:
+    """64 responses a prompt, from the top 3."""
     with distributed(config):
         policy = Policy(config, VOCAB)
-        engine = VllmEngine(policy, config.rollout, AsciiTokenizer(), seed=1)
+        engine = VllmEngine(PolicyWeights(policy), config.model, config.rollout, AsciiTokenizer(), seed=1)
         engine.refit()
-        free = engine.generate(make_prompts(), 4, 1.0)
-        two = free[0].token_ids[3:5]
-        one = next(s.token_ids[2:3] for s in free[1:] if len(s.token_ids) > 3)
-        engine._stop_sequences += [one, two]
-        stopped = engine.generate(make_prompts(), 4, 1.0)
-        engine._stop_sequences = engine._stop_sequences[:1]
-        engine.config = replace(config.rollout, top_k=3)
-        return free, stopped, engine.generate(make_prompts(4), 64, 1.0)
+        return engine.generate(make_prompts(4), 64, 1.0)
 
 
-def test_responses_end_at_stop_sequences_and_top_k_keeps_to_the_top() -> None:
-    free, stopped, top = run(1, sample_with_stops, vllm_config())[0]
-    two = free[0].token_ids[3:5]
-    one = next(s.token_ids[2:3] for s in free[1:] if len(s.token_ids) > 3)
-    for whole, cut in zip(free, stopped, strict=True):
-        ends_at = [
-            end
-            for end in range(1, len(whole.token_ids) + 1)
-            if whole.token_ids[:end][-1:] in (one, (AsciiTokenizer.eos_id,)) or whole.token_ids[:end][-2:] == two
-        ]
-        expected = ends_at[0] if ends_at else len(whole.token_ids)
-        assert cut.token_ids == whole.token_ids[:expected]
-        assert cut.finish_reason == ("stop" if ends_at else "length")
-        assert cut.rollout_logprobs is not None
-        assert len(cut.rollout_logprobs) == expected
+def test_top_k_keeps_to_the_top() -> None:
+    top = run(1, sample_from_the_top, vllm_config(top_k=3))[0]
     for i in range(4):
         first = {sample.token_ids[0] for sample in top[64 * i : 64 * (i + 1)]}
         assert len(first) == 3
@@ -285,27 +274,3 @@ def test_a_training_run(tmp_path: Path) -> None:
 def train_in_a_world(config: RunConfig) -> None:
     with distributed(config):
         train(config, [])
-
-
-def without_vllm(argv: list[str]) -> None:
-    import importlib.metadata
-
-    def absent(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    importlib.metadata.version = absent
-    from megatron_aspo.train import main
-
-    os._exit(main(argv))
-
-
-def test_without_vllm_one_line_says_so(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("name: t\nrollout: {engine: vllm}\n")
-    ((code, output),) = ends(1, without_vllm, [str(tmp_path / "run.yaml"), f"output_dir={tmp_path}"])
-    assert code == 2
-    assert [line for line in output.splitlines() if line.startswith("megatron-aspo:")] == [
-        "megatron-aspo: rollout.engine=vllm needs vLLM, which is not installed; make install brings its build for "
-        "CPUs, "
-        "or set rollout.engine=megatron"
-    ]
-    assert "Traceback" not in output

@@ -58,6 +58,52 @@ def test_nothing_outside_the_held_out_set() -> None:
         source.draw(2000)
 
 
+# Problems of 7, 9 and 11 characters.
+MIXED = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 3}
+
+
+def filtered(max_tokens: int = 9, **fields: Any) -> ReasoningGymPrompts:
+    return prompts_of(max_tokens, task_args=MIXED, overlong_prompts="filter", **fields)
+
+
+def test_overlong_prompts_are_left_out_and_counted() -> None:
+    every, source = prompts_of(64, task_args=MIXED), filtered()
+    drawn = source.draw(100)
+    assert max(len(p.token_ids) for p in drawn) == 9
+    looked_at = every.draw(400)
+    held_out = {p.text for p in source.held_out}
+    fitting = [p for p in looked_at if len(p.token_ids) <= 9 and p.text not in held_out]
+    assert [p.id for p in drawn] == [p.id for p in fitting[:100]]
+    seen = [every._prompt(i, every._train[i]) for i in range(source.position)]
+    assert source.overlong == sum(len(p.token_ids) > 9 for p in seen) > 10
+    # So are the held-out ones, and the next ones take their place.
+    assert len(source.held_out) == 32
+    expected = [p for p in prompts_of(64, task_args=MIXED, eval_prompts=200).held_out if len(p.token_ids) <= 9][:32]
+    assert source.held_out == expected
+    assert source.held_out_overlong == -expected[-1].id - 32 > 5
+
+
+def test_a_position_resumes_to_the_sample_where_some_are_left_out() -> None:
+    whole = filtered()
+    expected = whole.draw(60)
+    source = filtered()
+    start = source.draw(23)
+    resumed = filtered()
+    resumed.load_state_dict(source.state_dict())
+    assert resumed.overlong == source.overlong > 0
+    assert start + resumed.draw(37) == expected
+    assert resumed.state_dict() == whole.state_dict()
+    resumed.load_state_dict({"position": 5})  # of a checkpoint of an older version
+    assert resumed.state_dict() == {"position": 5, "overlong": 0}
+
+
+def test_when_none_is_left_to_train_on() -> None:
+    source = filtered()
+    source.max_prompt_tokens = 6
+    with pytest.raises(UserError, match=r"of 1000 problems in a row 1000 have more than the 6 tokens"):
+        source.draw(1)
+
+
 def test_a_right_answer_scores_one() -> None:
     source = prompts_of()
     tokenizer = AsciiTokenizer()
@@ -87,7 +133,11 @@ def test_a_right_answer_scores_one() -> None:
         ({"prompt_template": "{question.foo}"}, r"data\.prompt_template: AttributeError"),
         ({"prompt_template": "{question[a]}"}, r"data\.prompt_template: TypeError"),
         ({"prompt_template": "{question} →"}, "knows ASCII only"),
-        ({"max_tokens": 4}, r"tokens, 4 fit beside the response; raise model\.max_sequence_length"),
+        ({"max_tokens": 4}, r"tokens, 4 fit beside the response; raise model\.max_sequence_length, or .*=filter"),
+        (
+            {"max_tokens": 4, "overlong_prompts": "filter"},
+            r"filter leaves nothing of .*: of 1000 problems in a row 1000 have more than the 4 tokens that fit",
+        ),
     ],
 )
 def test_refuses(fields: dict[str, Any], message: str) -> None:

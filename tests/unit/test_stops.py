@@ -1,0 +1,88 @@
+"""The rule by which a response ends, on a tokenizer that can write the same text in several ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from megatron_aspo.rollout.stops import Stops
+from megatron_aspo.tokenizer import AsciiTokenizer
+
+
+class Words:
+    """Tokens of several letters and bytes; a leading space is dropped, as SentencePiece does."""
+
+    tokens = (
+        b"<end>",
+        b"<turn>",
+        b"\n",
+        b"\n\n",
+        b"User",
+        b".\n\n",
+        b"Us",
+        b"er",
+        b" a",
+        b"b",
+        b"\xc3",
+        b"\xa9",
+        b":x",
+    )
+    vocab_size = len(tokens)
+    eos_ids = (0,)
+    pad_id = 0
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return (self.tokens.index(text.encode()),)
+
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        return self.encode(text)
+
+    def decode(self, token_ids: Iterable[int], special: bool = False) -> str:
+        kept = (self.tokens[i] for i in token_ids if special or i > 1)
+        return b"".join(kept).decode(errors="replace").removeprefix(" ")
+
+
+def end(stops: Stops, response: list[bytes]) -> int | None:
+    """The first of the response's lengths at which it has ended."""
+    ids = [Words.tokens.index(token) for token in response]
+    lengths = (length for length in range(len(ids) + 1) if stops.ended(ids[:length]))
+    return next(lengths, None)
+
+
+@pytest.mark.parametrize(
+    ("strings", "response", "expected"),
+    [
+        ((), [b"b", b"<end>", b"b"], 2),
+        ((), [b"b", b"b"], None),
+        ((), [], None),
+        (("\n\nUser",), [b"b", b"\n\n", b"User", b"b"], 3),
+        (("\n\nUser",), [b"b", b".\n\n", b"Us", b"er", b"b"], 4),  # merged with what is before it, and split
+        (("\n\nUser",), [b"b", b"\n", b"\n", b"Us", b"er"], 5),
+        (("\n\nUser",), [b"\n", b"User", b"\n"], None),
+        (("User:",), [b"b", b"User", b":x", b"b"], 3),  # the last token holds more than the string
+        (("b", "User"), [b"Us", b"er", b"b"], 2),  # the first that is complete
+        (("é",), [b"b", b"\xc3", b"\xa9", b"b"], 3),  # a character of two tokens
+        (("<turn>",), [b"b", b"<turn>", b"b"], 2),  # a special token
+        ((" a",), [b"b", b" a", b"b"], 2),  # its space is not lost at the edge of what is looked at
+    ],
+)
+def test_the_first_token_that_completes_a_string(
+    strings: tuple[str, ...], response: list[bytes], expected: int | None
+) -> None:
+    assert end(Stops(Words(), strings), response) == expected
+
+
+def test_the_window_is_enough() -> None:
+    stops = Stops(Words(), ("\n\nUser", "é"))
+    assert stops.window == 7
+    long = [9] * 50 + [2, 2, 6, 7]
+    assert stops.ended(long)
+    assert stops.ended(long[-stops.window :])
+    assert not stops.ended(long[:-1])
+
+
+def test_characters() -> None:
+    stops = Stops(AsciiTokenizer(), ("ab", "\x02"))
+    found = [stops.ended(tuple(text.encode())) for text in ("xab", "abx", "a\x02", "a\x04", "b", "a\x00b")]
+    assert found == [True, True, True, True, False, False]
