@@ -286,8 +286,13 @@ def shape_of_hf(hf: Mapping[str, Any], path: str) -> Shape:
         raise UserError(
             f"model.hf_path={path} is a {kind} model; llama, qwen2, qwen3, qwen3_moe, deepseek_v3 are known"
         )
+    if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
+        raise UserError(f"model.hf_path={path} has layers without experts among those with, which is not supported")
     try:
-        layers, experts = hf["num_hidden_layers"], hf.get("num_experts") or hf.get("n_routed_experts") or 0
+        layers = hf["num_hidden_layers"]
+        # By the models' authors, by transformers 5, and by DeepSeek.
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        experts = next((hf[name] for name in names if hf.get(name)), 0)
         shape = {
             "num_layers": layers,
             "hidden_size": hf["hidden_size"],

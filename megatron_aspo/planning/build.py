@@ -27,6 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_aspo.config import RunConfig
 from megatron_aspo.errors import UserError
 from megatron_aspo.planning.architectures import find_hf_config
+from megatron_aspo.planning.memory import training_ranks
 from megatron_aspo.planning.parameters import Count, stage_parameters
 from megatron_aspo.planning.plan import Plan
 from megatron_aspo.policy import cpu
@@ -89,8 +90,9 @@ def build_plan(plan: Plan, vocab_size: int = 128) -> Built:
         roles: list[_Role] = []
         counted = stage_parameters(plan.shape, config.parallel)
         architecture: Architecture | None = None
-        for rank in role_ranks(config, plan.world):
-            with _fake_rank(config, plan.world, rank):
+        world = training_ranks(config, plan.world)
+        for rank in role_ranks(config, world):
+            with _fake_rank(config, world, rank):
                 architecture = architecture or read_architecture(config, vocabulary)
                 roles.append(_build_role(config, architecture, vocabulary, counted))
         tensors = _check_files(plan, config, roles) if config.model.hf_path else 0

@@ -29,6 +29,8 @@ def check_plan(config: RunConfig, shape: Shape, world: int) -> None:
             f"model.max_sequence_length={config.model.max_sequence_length} exceeds the {shape.max_positions} positions "
             f"that {what.rstrip(': ')} has been made for; lower it"
         )
+    if shape.latent and config.parallel.context > 1:
+        raise UserError("latent attention has not been tried with context parallelism here; set parallel.context=1")
     samples = config.train.mini_batch_prompts * config.rollout.responses_per_prompt
     shares = data_parallel_size(config, world)
     if samples < shares:

@@ -39,18 +39,19 @@ class Stage:
     """One rank of a pipeline stage.
 
     Attributes:
+        name: the stage's number, or "rollout" for the ranks that only generate.
         phases: phase -> component -> bytes on the GPU.
         host: bytes of host memory, of one rank.
     """
 
-    index: int
+    name: str
     layers: int
     parameters: Count
     phases: dict[str, dict[str, int]]
     host: int
 
     def total(self, phase: str) -> int:
-        return sum(self.phases[phase].values())
+        return sum(self.phases.get(phase, {}).values())
 
     @property
     def peak(self) -> tuple[str, int]:
@@ -59,7 +60,7 @@ class Stage:
 
 
 def plan_memory(config: RunConfig, shape: Shape, world: int) -> list[Stage]:
-    """What a rank of each pipeline stage holds, in every phase."""
+    """What a rank of each pipeline stage holds, in every phase; and one that only generates, if there are any."""
     counts = stage_parameters(shape, config.parallel)
     sizes = stage_layers(shape.num_layers, config.parallel)
     engine = _engine(config, shape)
@@ -67,35 +68,48 @@ def plan_memory(config: RunConfig, shape: Shape, world: int) -> list[Stage]:
     for index, (count, layers) in enumerate(zip(counts, sizes, strict=True)):
         trainer, host = _trainer(config, count, world)
         activations = _activations(config, shape, index, sum(sizes[:index]), layers, world)
+        beside = {} if config.rollout.ranks else engine
         awake = engine or {"KV cache": _embedded_cache(config, shape, layers)}
-        asleep = _asleep(config, engine)
+        asleep = _asleep(config, beside)
         no_gradients = {**trainer, "gradients": 0} if config.train.release_gradients else trainer
         base = {"runtime (assumed)": RUNTIME}
         phases = {
-            "rollout": no_gradients | awake | base,
+            "rollout": no_gradients | (beside if config.rollout.ranks else awake) | base,
             "asleep": no_gradients | asleep | base,
             "old log-probs": no_gradients | asleep | _forward_only(config, shape, index, layers, count) | base,
             "update": trainer | asleep | activations | _loss_head(config, shape, index) | base,
-            "refit": no_gradients | _refit(config, shape, engine) | base,
+            "refit": no_gradients | _refit(config, shape, beside) | base,
         }
         phases = {phase: {name: size for name, size in parts.items() if size} for phase, parts in phases.items()}
-        if config.rollout.sleep_level == 1 and config.rollout.engine == "vllm":
+        if config.rollout.sleep_level == 1 and beside:
             host += engine["vLLM weights"]
         if config.loss.kl_coef:
             host += count.total * _element(config)
-        stages.append(Stage(index, layers, count, phases, host))
+        stages.append(Stage(str(index), layers, count, phases, host))
+    if config.rollout.ranks:  # they never sleep
+        weights = {name: engine[name] for name in ("vLLM weights", "KV cache")}
+        phases = {
+            "rollout": engine | {"runtime (assumed)": RUNTIME},
+            "refit": weights | _refit(config, shape, engine) | {"runtime (assumed)": RUNTIME},
+        }
+        stages.append(Stage("rollout", 0, Count(), phases, 0))
     return stages
+
+
+def training_ranks(config: RunConfig, world: int) -> int:
+    """All but those that only generate."""
+    return world - config.rollout.ranks
 
 
 def data_parallel_size(config: RunConfig, world: int) -> int:
     parallel = config.parallel
-    return world // (parallel.tensor * parallel.pipeline * parallel.context)
+    return training_ranks(config, world) // (parallel.tensor * parallel.pipeline * parallel.context)
 
 
 def expert_data_parallel_size(config: RunConfig, world: int) -> int:
     """Ranks that hold the same experts."""
     parallel = config.parallel
-    return max(1, world // (parallel.expert_tensor_size * parallel.expert * parallel.pipeline))
+    return max(1, training_ranks(config, world) // (parallel.expert_tensor_size * parallel.expert * parallel.pipeline))
 
 
 def micro_batches(config: RunConfig, world: int, mean_tokens: float | None = None) -> int:
@@ -185,7 +199,7 @@ def _engine(config: RunConfig, shape: Shape) -> dict[str, int]:
 
 def _asleep(config: RunConfig, engine: dict[str, int]) -> dict[str, int]:
     """What stays of the engine while the policy is trained."""
-    if config.rollout.engine != "vllm" or config.rollout.sleep_level:
+    if not engine or config.rollout.sleep_level:
         return {}
     return {name: engine[name] for name in ("vLLM weights", "KV cache")}
 
@@ -202,7 +216,7 @@ def _refit(config: RunConfig, shape: Shape, engine: dict[str, int]) -> dict[str,
         return {}
     largest = largest_tensor(shape) * _element(config)
     bucket = max(config.rollout.refit_bucket_mb << 20, largest)
-    return {"vLLM weights": engine["vLLM weights"], "refit bucket": bucket + 2 * largest}
+    return {"vLLM weights": engine.get("vLLM weights", 0), "refit bucket": bucket + 2 * largest}
 
 
 def largest_tensor(shape: Shape) -> int:

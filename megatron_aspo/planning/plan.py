@@ -62,7 +62,9 @@ def make_plan(config: RunConfig, world: int | None = None, gpu: str | None = Non
     """
     cluster = config.cluster
     if world is None:
-        world = cluster.gpus if cluster else math.lcm(config.parallel.model_parallel_size, config.rollout.tensor)
+        apart = config.rollout.ranks
+        least = config.parallel.model_parallel_size
+        world = cluster.gpus if cluster else apart + (least if apart else math.lcm(least, config.rollout.tensor))
     if world < 1:
         raise UserError(f"--gpus={world} must be >= 1")
     kind = KNOWN[gpu or (cluster.gpu if cluster else "h100")]
@@ -193,7 +195,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "micro_batches_per_update": micro_batches(config, plan.world),
         "stages": [
             {
-                "stage": stage.index,
+                "stage": stage.name,
                 "layers": stage.layers,
                 "parameters": stage.parameters.total,
                 "expert_parameters": stage.parameters.expert,

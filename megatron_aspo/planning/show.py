@@ -48,7 +48,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     phase, size = peak.peak
     verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
     console.print(
-        f"{verdict}: at most {size / GIB:.1f} GiB of {plan.gpu.memory / GIB:.1f} ({phase}, stage {peak.index}); "
+        f"{verdict}: at most {size / GIB:.1f} GiB of {plan.gpu.memory / GIB:.1f} ({phase}, stage {peak.name}); "
         f"{max(stage.host for stage in plan.stages) / GIB:.1f} GiB of host memory a rank"
     )
     if plan.knobs:
@@ -67,7 +67,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
     for phase, _ in columns:
         table.add_column(phase, justify="right")
     for name in COLORS:
-        sizes = [stage.phases[phase].get(name, 0) for phase, stage in columns]
+        sizes = [stage.phases.get(phase, {}).get(name, 0) for phase, stage in columns]
         if any(sizes):
             table.add_row(name, *(f"{size / GIB:.1f}" if size else "" for size in sizes))
     table.add_section()
@@ -81,7 +81,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
         ),
     )
     if len(plan.stages) > 1:
-        table.add_row("[dim]of stage[/dim]", *(f"[dim]{stage.index}[/dim]" for _, stage in columns))
+        table.add_row("[dim]of stage[/dim]", *(f"[dim]{stage.name}[/dim]" for _, stage in columns))
     console.print(table)
 
 
@@ -116,7 +116,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     positions = range(len(columns))
     bottoms = [0.0] * len(columns)
     for name, color in COLORS.items():
-        sizes = [stage.phases[phase].get(name, 0) / GIB for phase, stage in columns]
+        sizes = [stage.phases.get(phase, {}).get(name, 0) / GIB for phase, stage in columns]
         if not any(sizes):
             continue
         axes.bar(positions, sizes, bottom=bottoms, width=0.62, color=color, label=name, edgecolor="white", lw=0.6)
@@ -139,7 +139,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
         fontsize=9,
         color="#b3261e",
     )
-    labels = [phase + (f"\n(stage {stage.index})" if len(plan.stages) > 1 else "") for phase, stage in columns]
+    labels = [phase + (f"\n(stage {stage.name})" if len(plan.stages) > 1 else "") for phase, stage in columns]
     axes.set_xticks(list(positions), labels)
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(0, max(capacity, *bottoms) * 1.1)

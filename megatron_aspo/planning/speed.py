@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_aspo.config import RunConfig
 from megatron_aspo.planning.architectures import Shape
 from megatron_aspo.planning.gpus import GIB, Gpu
-from megatron_aspo.planning.memory import data_parallel_size, micro_batches, refit_bytes
+from megatron_aspo.planning.memory import micro_batches, refit_bytes, training_ranks
 from megatron_aspo.planning.parameters import active_parameters, engine_parameters, kv_bytes_per_token
 
 TRAIN_UTILISATION = (0.25, 0.45)
@@ -34,16 +34,22 @@ class Speed:
         tokens: in all samples of the rollout batch.
         flops: of the forward and backward passes of all updates and of the old log-probs.
         seconds: phase -> range.
+        overlapped: responses are sampled by ranks of their own while the others train.
     """
 
     tokens: tuple[float, float]
     flops: tuple[float, float]
     seconds: dict[str, tuple[float, float]]
+    overlapped: bool
 
     @property
     def step_seconds(self) -> tuple[float, float]:
-        low, high = zip(*self.seconds.values(), strict=True)
-        return sum(low), sum(high)
+        low, high = (self._step([ends[end] for ends in self.seconds.values()]) for end in (0, 1))
+        return low, high
+
+    def _step(self, seconds: list[float]) -> float:
+        rollout, *others = seconds
+        return max(rollout, sum(others)) if self.overlapped else sum(seconds)
 
 
 def estimate_speed(config: RunConfig, shape: Shape, gpu: Gpu, world: int) -> Speed:
@@ -53,6 +59,7 @@ def estimate_speed(config: RunConfig, shape: Shape, gpu: Gpu, world: int) -> Spe
         tokens=(low_tokens, high_tokens),
         flops=(low_flops, high_flops),
         seconds={phase: (low[phase], high[phase]) for phase in low},
+        overlapped=config.rollout.max_staleness > 0,
     )
 
 
@@ -75,7 +82,7 @@ def _one_end(config: RunConfig, shape: Shape, gpu: Gpu, world: int, end: int) ->
     log_probs = forward * (2 if config.loss.kl_coef else 1)
     update = forward * passes * train.epochs
     best = 1 - end  # the short end has the better utilisation
-    peak = gpu.flops * world * TRAIN_UTILISATION[best]
+    peak = gpu.flops * training_ranks(config, world) * TRAIN_UTILISATION[best]
     share = micro_batches(config, world, mean)
     bubble = 1 + (config.parallel.pipeline - 1) / share
     seconds = {
@@ -93,8 +100,7 @@ def _mini_batches(config: RunConfig) -> int:
 
 def _offload_seconds(config: RunConfig, shape: Shape, world: int) -> float:
     """Gradients to the host, weights back, 10 GB/s a rank; Adam on the host at 40 GB/s a rank's share of its memory."""
-    owned = refit_bytes(config, shape) / 2 / world * data_parallel_size(config, world)
-    owned /= data_parallel_size(config, world)
+    owned = refit_bytes(config, shape) / 2 / training_ranks(config, world)
     per_update = owned * config.optimizer.cpu_offload * (8 / 10e9 + 28 / 40e9)
     return per_update * config.updates_per_step
 
@@ -107,7 +113,7 @@ def _rollout_seconds(
     vllm = rollout.engine == "vllm"
     ranks = rollout.tensor if vllm else config.parallel.tensor * config.parallel.pipeline
     samples = rollout.prompts_per_step * rollout.responses_per_prompt
-    per_replica = samples / max(1, world // ranks)
+    per_replica = samples / max(1, (config.rollout.ranks or world) // ranks)
     per_token = kv_bytes_per_token(shape, ranks)
     room = rollout.kv_cache_gb * GIB / (per_token * mean) if vllm else rollout.batch_size
     at_once = max(1.0, min(per_replica, rollout.batch_size, room))

@@ -88,6 +88,7 @@ _LATENT_FIELDS = (
     "mscale_all_dim",
 )
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+_NO_COMPUTATION = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer, but no index of weights
 
 
@@ -140,16 +141,26 @@ from megatron.bridge.models.conversion.utils import persistent_buffers  # noqa: 
 @functools.cache
 def _bridge(path: str) -> Any:
     """The bridge of a folder or hub id; it opens the weights when they are asked for."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:  # what is not JSON is a ValueError too
         raise unreadable(path, error) from None
+    except StrictDataclassError as error:  # fields that contradict each other
+        cause = error.__cause__
+        raise unreadable(path, cause if isinstance(cause, Exception) else error) from None
     names = config.architectures or [type(config).__name__]
     if names[0] not in ARCHITECTURES:
         raise UserError(f"model.hf_path={path} is a {names[0]}, which is not supported; {', '.join(ARCHITECTURES)} are")
     return AutoBridge.from_hf_pretrained(path)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """What config.json says of the model's computations: plain values, without notes on where it came from."""
+    config = json.loads(_bridge(path).hf_pretrained.config.to_json_string(use_diff=False))
+    return {name: value for name, value in config.items() if name not in _NO_COMPUTATION}
 
 
 def read_architecture(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> Architecture:
@@ -169,6 +180,9 @@ def read_architecture(config: ModelConfig, parallel: ParallelConfig, vocab_size:
         (f"hidden_act={hf.hidden_act}", hf.hidden_act == "silu"),
         (f"rope_type={rope_type}", rope_type in (("default", "yarn") if latent else ("default", "linear", "llama3"))),
         ("a layer for a second token (MTP)", not getattr(hf, "num_nextn_predict_layers", 0)),
+        ("rotary halves that are not interleaved", not latent or hf.rope_interleave),
+        # Megatron scores a group of experts by its best top_k / groups, transformers by its best two.
+        ("such groups of experts", not latent or hf.n_group == 1 or hf.num_experts_per_tok == 2 * hf.topk_group),
         ("sliding-window attention", "sliding_attention" not in (getattr(hf, "layer_types", None) or ())),
         ("layers without experts", not getattr(hf, "mlp_only_layers", None)),
         ("layers without experts", getattr(hf, "decoder_sparse_step", 1) == 1),
@@ -196,6 +210,11 @@ def read_architecture(config: ModelConfig, parallel: ParallelConfig, vocab_size:
         "num_experts": experts,
     }
     check_layout(sizes, parallel, f"{what}: ")
+    if latent and parallel.context > 1:
+        raise UserError(
+            f"{what} has latent attention, which has not been tried with context parallelism here; set "
+            "parallel.context=1"
+        )
     inv_freq = None
     if rope_type != "default" and not latent:  # Megatron's own scaling takes Llama 3.1's numbers for granted
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -16,6 +16,7 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from megatron_aspo.config import RolloutConfig
+from megatron_aspo.errors import UserError
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rollout.stops import Stops
 from megatron_aspo.tokenizer import Tokenizer
@@ -37,6 +38,8 @@ class EmbeddedEngine:
     """Samples with Megatron's static key-value cache; all ranks call `generate` together."""
 
     def __init__(self, policy: Policy, config: RolloutConfig, tokenizer: Tokenizer, seed: int) -> None:
+        if policy.model.config.multi_latent_attention:
+            raise UserError("the training model does not sample with latent attention; set rollout.engine=vllm")
         self.policy = policy
         self.config = config
         self.tokenizer = tokenizer

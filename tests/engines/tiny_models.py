@@ -29,6 +29,16 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 16,
 }
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 16,
+}
 
 # name -> (class of transformers, what its configuration has besides)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,6 +56,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 24,
             "norm_topk_prob": True,
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 12,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 24,
+            "num_nextn_predict_layers": 0,
+            "rope_parameters": _YARN_ROPE,
         },
     ),
 }

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_aspo.config import (
+    ClusterConfig,
     ParallelConfig,
     PolicyLossConfig,
     RunConfig,
@@ -126,6 +127,7 @@ def _leaves(cls: Any, prefix: str = "") -> list[str]:
     found: list[str] = []
     for f in fields(cls):
         default: Any = f.default_factory() if callable(f.default_factory) else None
+        default = ClusterConfig() if f.name == "cluster" else default
         found += _leaves(type(default), f"{prefix}{f.name}.") if is_dataclass(default) else [prefix + f.name]
     return found
 
