@@ -121,7 +121,8 @@ def recipe_factory(path: Path) -> Callable[[], run.Partial]:
         config = load_config(path)
         file = str(path.relative_to(ROOT))
         if config.cluster is None:
-            return run.Partial(aspo, recipe=file, ranks_per_node=config.parallel.model_parallel_size)
+            ranks = config.parallel.model_parallel_size + config.rollout.ranks
+            return run.Partial(aspo, recipe=file, ranks_per_node=ranks)
         gpus = config.cluster.gpus_per_node
         return run.Partial(aspo, recipe=file, nodes=config.cluster.nodes, ranks_per_node=gpus, gpus_per_node=gpus)
 
