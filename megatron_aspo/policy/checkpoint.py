@@ -62,7 +62,7 @@ def save(
     meta = {
         "step": step,
         "updates": policy.updates,
-        "model": dataclasses.asdict(policy.config.model),
+        **_model_meta(policy),
         "layout": _layout(policy),
         "state": state,
     }
@@ -127,7 +127,7 @@ def save_weights(path: Path, policy: Policy) -> None:
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     _on_rank_0(lambda: _fresh_folder(partial))
     dist_checkpointing.save(_sharded_state(policy, with_optimizer=False), str(partial))
-    meta = {"model": dataclasses.asdict(policy.config.model)}
+    meta = _model_meta(policy)
 
     dist.barrier()
     _on_rank_0(lambda: _publish(partial, path, meta))
@@ -142,16 +142,37 @@ def load_weights(path: Path, policy: Policy) -> None:
     policy.optimizer.reload_model_params()
 
 
+def _model_meta(policy: Policy) -> dict[str, Any]:
+    """What tells whether a checkpoint is of the same model."""
+    meta: dict[str, Any] = {"model": dataclasses.asdict(policy.config.model)}
+    if policy.config.model.hf_path:
+        from megatron_aspo.policy import hf  # takes seconds to import, but has been by now
+
+        meta["hf_config"] = hf.read_config(policy.config.model.hf_path)
+    return meta
+
+
 def _meta_of_same_model(path: Path, policy: Policy) -> dict[str, Any]:
     meta = read_meta(path)
-    ours = dataclasses.asdict(policy.config.model)
+    current = _model_meta(policy)
     # What an older version did not know yet had its default.
-    theirs = dataclasses.asdict(ModelConfig()) | meta["model"]
-    different = [key for key in ours if theirs[key] != ours[key] and key not in _TRAINING_SETTINGS]
+    theirs, ours = dataclasses.asdict(ModelConfig()) | meta["model"], current["model"]
+    if theirs["hf_path"] and ours["hf_path"]:
+        if "hf_config" in meta:  # a folder may move: what counts is what its config.json says
+            theirs, ours = (
+                {**m, **c, "hf_path": ""} for m, c in ((theirs, meta["hf_config"]), (ours, current["hf_config"]))
+            )
+        else:
+            theirs, ours = (model | {"hf_path": os.path.realpath(model["hf_path"])} for model in (theirs, ours))
+    different = [
+        key
+        for key in sorted(ours.keys() | theirs.keys())
+        if theirs.get(key) != ours.get(key) and key not in _TRAINING_SETTINGS
+    ]
     if different:
         raise UserError(
-            f"{path} was written by another model: {', '.join(f'{k}={theirs[k]}' for k in different)}, "
-            f"here {', '.join(f'{k}={ours[k]}' for k in different)}; use its configuration or another run name"
+            f"{path} was written by another model: {', '.join(f'{k}={theirs.get(k)}' for k in different)}, "
+            f"here {', '.join(f'{k}={ours.get(k)}' for k in different)}; use its configuration or another run name"
         )
     return meta
 

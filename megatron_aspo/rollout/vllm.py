@@ -114,11 +114,11 @@ class VllmEngine:
         Raises:
             WeightSyncError: see `WeightSync.run`; or vLLM has a parameter that no tensor was for.
         """
-        if self._asleep:
-            self._llm.wake_up(tags=["weights"])
         version = self.source.version
         self.weight_version = None
         with _in_vllm("taking weights"):
+            if self._asleep:
+                self._llm.wake_up(tags=["weights"])
             self._llm.start_weight_update()
         self.last_sync = self._sync.run(self.source.weights(), self._load)
         with _in_vllm("taking weights"):
@@ -131,7 +131,8 @@ class VllmEngine:
     def sleep(self) -> None:
         """Free vLLM's key-value cache, and its weights at `sleep_level` 2, until the next `refit`. Nothing on a CPU."""
         if self._on_gpu and self.config.sleep_level:
-            self._llm.sleep(level=self.config.sleep_level)
+            with _in_vllm("going to sleep"):
+                self._llm.sleep(level=self.config.sleep_level)
             self._asleep = True
             self.weight_version = None
 
