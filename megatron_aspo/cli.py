@@ -1,4 +1,4 @@
-"""The command line: `megatron-aspo train | eval | export | check-rollout | plan | report`.
+"""The command line: `megatron-aspo train | eval | export | check-rollout | plan | report | doctor`.
 
 Nothing heavy is imported before the configuration has been read and found sound.
 """
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `megatron-aspo`."""
     parser = Parser(prog="megatron-aspo", description="ASPO reinforcement learning on Megatron-Core.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    names = "train | eval | export | check-rollout | plan | report"
+    names = "train | eval | export | check-rollout | plan | report | doctor"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     for name, add_arguments, help_text in (
         ("train", add_run_arguments, "train a policy; starts the ranks of one host itself, or runs under torchrun"),
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_plan_arguments(plan)
     report = commands.add_parser("report", help="write report.html and report.png of a run")
     report.add_argument("run_dir", type=Path, help="runs/<name>")
+    doctor = commands.add_parser("doctor", help="look for what is wrong with this machine; exit code 1 if something is")
+    doctor.add_argument("--json", action="store_true", help="for programs")
 
     def run() -> int:
         arguments = parse(parser, argv)
@@ -65,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_summary(arguments.run_dir)
             print("\n".join(str(path) for path in paths))
             return 0
+        if arguments.command == "doctor":
+            from megatron_aspo import doctor
+
+            return doctor.main(arguments.json)
         if arguments.command == "plan":
             return _plan(arguments)
         return _run_ranks(arguments)

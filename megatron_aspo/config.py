@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import signal
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -493,14 +494,22 @@ class CheckpointConfig:
         keep: how many of the newest to keep; 0 keeps all.
         resume: "never" refuses a run directory that has checkpoints; "auto" continues from the newest
             complete one, or starts anew where there is none; anything else is the path of a checkpoint.
+        stop_signals: on any of these a run finishes its step, saves, writes the step to `runs/<name>/interrupted` and
+            ends with exit code 0; [] leaves signals alone.
     """
 
     every: int = 25
     keep: int = 2
     resume: str = "never"
+    stop_signals: tuple[str, ...] = ("SIGUSR1", "SIGTERM")
 
     def __post_init__(self) -> None:
         _require(self.every >= 0 and self.keep >= 0, "every and keep must be >= 0")
+        known = [s.name for s in signal.Signals if s not in (signal.SIGKILL, signal.SIGSTOP)]
+        for name in self.stop_signals:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            _require(name in known, f"stop_signals: {name} is no signal that can be caught{hint}")
 
 
 @dataclass(frozen=True)

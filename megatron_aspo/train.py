@@ -18,6 +18,7 @@ from megatron_aspo.journal import Clock, Journal
 from megatron_aspo.mismatch import measure_mismatch
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
+from megatron_aspo.preemption import StopSignals, mark_interrupted
 from megatron_aspo.rollout.engine import build_engine, check_engine
 from megatron_aspo.run_folder import checkpoints_folder, find_resume, make_folders, read_meta
 from megatron_aspo.sampling import build_batches
@@ -27,10 +28,13 @@ from megatron_aspo.types import Batch, MicroBatch, Sample
 from megatron_aspo.warmup import warm_up
 
 
-def train(config: RunConfig, argv: list[str], channel: Channel | None = None) -> None:
+def train(config: RunConfig, argv: list[str], channel: Channel | None = None) -> bool:
     """Run `config.train.steps` steps of ASPO: sample, score, compare within groups, update, and again.
 
     `channel` leads to the rollout ranks, if there are any.
+
+    Returns:
+        Whether all steps are done; False where a signal of `config.checkpoint.stop_signals` came before.
     """
     check_engine(config.rollout)
     make_folders(config)
@@ -42,7 +46,10 @@ def train(config: RunConfig, argv: list[str], channel: Channel | None = None) ->
     engine = build_engine(policy, config.rollout, tokenizer, config.seed, channel)
     steps = config.train.steps
 
-    with Journal(config, argv, resume_step, dist.get_rank() == 0) as journal:
+    with (
+        StopSignals(config.checkpoint.stop_signals) as stop,
+        Journal(config, argv, resume_step, dist.get_rank() == 0) as journal,
+    ):
         if prompts.held_out_overlong:
             journal.say(f"data.overlong_prompts=filter: {prompts.held_out_overlong} held-out prompts are left out")
         if config.warmup.updates and (resume_from is None or config.loss.kl_coef):
@@ -89,11 +96,17 @@ def train(config: RunConfig, argv: list[str], channel: Channel | None = None) ->
                 with clock("eval"):
                     journal.record("eval", step, steps, evaluate(engine, prompts, config.eval))
             # Last of all: a run that is killed before does the step again, and logs it again.
-            if step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            stopping = step < steps and stop.requested()
+            if stopping or step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 with clock("checkpoint"):
                     state = {"prompts": prompts.state_dict()}
                     keep = config.checkpoint.keep
                     checkpoint.save(checkpoints_folder(config), step, policy, state, keep, batches.ahead())
+            if stopping:
+                mark_interrupted(config.run_dir, step)
+                journal.say(f"stopped by a signal: step {step} of {steps} is saved; continue with --resume auto")
+                return False
+    return True
 
 
 def split_into_mini_batches(groups: Sequence[list[Sample]], config: RunConfig) -> list[list[Sample]]:
@@ -132,12 +145,13 @@ def main(argv: list[str] | None = None) -> int:
         config = cli.parse_run_config(cli.parse(parser, argv))
         with distributed(config) as channel:
             if channel is not None and channel.role == "rollout":
-                serve(config, channel)
+                with StopSignals(config.checkpoint.stop_signals):  # when to stop is the training ranks' to say
+                    serve(config, channel)
                 return 0
             for message in config_warnings(config):
                 warn(message)
-            train(config, sys.argv if argv is None else argv, channel)
-            if dist.get_rank() == 0:
+            done = train(config, sys.argv if argv is None else argv, channel)
+            if done and dist.get_rank() == 0:
                 from megatron_aspo.report import print_summary, write_report
 
                 png, html = write_report(config.run_dir)

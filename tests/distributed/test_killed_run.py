@@ -1,4 +1,4 @@
-"""The command line: a run that was killed and resumed logs what an undisturbed one logs, to the bit."""
+"""The command line: a run that was stopped, killed and resumed logs what an undisturbed one logs, to the bit."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_aspo.preemption import INTERRUPTED_FILE
 from megatron_aspo.run_log import read_metrics
 
 pytestmark = pytest.mark.distributed
@@ -72,6 +73,14 @@ def steps_done(run_dir: Path) -> int:
     return max((r["step"] for r in read_metrics(run_dir) if r["phase"] == "train"), default=0)
 
 
+def wait_for_step(run: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while steps_done(run_dir) < step:
+        assert run.poll() is None, run.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def alive(session: int) -> list[int]:
     found: list[int] = []
     for process in psutil.process_iter():
@@ -91,7 +100,7 @@ def without_times(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_bit(tmp_path: Path, start: Start) -> None:
+def test_a_stopped_and_killed_run_resumes_to_the_bit(tmp_path: Path, start: Start) -> None:
     undisturbed = start("undisturbed")
     _, stderr = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, stderr
@@ -101,12 +110,18 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path: Path, start: Start) -> None:
     assert all(record["optimizer/grad_norm"] > 0.01 for record in train)  # every step had something to learn
     assert train[-1]["loss/kl"] > 1e-4  # the reference matters
 
-    killed = start("killed")
-    deadline = time.monotonic() + 300
-    while steps_done(tmp_path / "killed") < 3:
-        assert killed.poll() is None, killed.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    stopped = start("killed")
+    wait_for_step(stopped, tmp_path / "killed", 1)
+    rank_1 = next(p for p in psutil.Process(stopped.pid).children() if p.environ()["RANK"] == "1")
+    rank_1.send_signal(signal.SIGUSR1)  # one rank alone: it tells the others
+    _, stderr = stopped.communicate(timeout=120)
+    assert stopped.returncode == 0, stderr
+    step = int((tmp_path / "killed" / INTERRUPTED_FILE).read_text())
+    assert step == steps_done(tmp_path / "killed") < STEPS - 2
+    assert (tmp_path / "killed" / "checkpoints" / f"step_{step:06d}").is_dir()
+
+    killed = start("killed", "--resume", "auto")
+    wait_for_step(killed, tmp_path / "killed", step + 1)
     killed.send_signal(signal.SIGKILL)  # the launcher alone: its ranks must not outlive it
     killed.wait()
     time.sleep(1)

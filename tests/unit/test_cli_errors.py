@@ -10,7 +10,7 @@ import pytest
 
 from megatron_aspo import cli, launch
 
-COMMANDS = ("train", "eval", "export", "check-rollout", "report")
+COMMANDS = ("train", "eval", "export", "check-rollout", "report", "doctor")
 
 GOOD = "name: t\nmodel: {num_layers: 2}\n"
 
@@ -107,6 +107,8 @@ def test_the_guard_works() -> None:
         ("warmup.wrong_fraction=1", "warmup: wrong_fraction=1.0", "[0, 1)"),
         ("eval.every=-1", "eval: every", ">= 0"),
         ("checkpoint.keep=-1", "checkpoint: every and keep", ">= 0"),
+        ("checkpoint.stop_signals=[USR1]", "checkpoint: stop_signals: USR1 is no signal", "did you mean SIGUSR1?"),
+        ("checkpoint.stop_signals=[SIGKILL]", "checkpoint: stop_signals: SIGKILL is no signal that can be caught", ""),
         ("data.prompt_template=hello", "data: prompt_template", "such as {question}"),
         # contradictions
         ("data.eval_seed=0", "data: seed and eval_seed", "must differ"),

@@ -1,0 +1,171 @@
+"""ASPO as a NeMo-Run experiment: a recipe for every size, run on this machine or by Slurm. README.md has commands.
+
+NeMo-Run starts the ranks; they are those of `megatron-aspo train`, in the project's own environment or container.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Optional
+
+import nemo_run as run
+from torchx.specs import AppState
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from megatron_aspo.cli import exit_code  # noqa: E402
+from megatron_aspo.config import RunConfig, check_world_size, load_config  # noqa: E402
+
+# Where the ranks run without a container; NeMo-Run itself has an environment of its own.
+PYTHON = os.environ.get("PYTHON", str(ROOT / ".venv/bin/python"))
+
+# What every rank runs. Under Slurm the tasks are the ranks; torchrun has set these variables.
+RANK_SCRIPT = """\
+set -e
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}} {environment}
+if [[ -z ${{RANK:-}} ]]; then
+  trap "" USR1  # until python listens
+  export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID NODE_RANK=$SLURM_NODEID
+  export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
+  [[ $LOCAL_RANK != 0 ]] || {python} -m megatron_aspo.cli doctor
+fi
+exec {python} -m megatron_aspo.train {words}
+"""
+
+# Runs in the batch script before the ranks do. When the time is up they save and end well, as NeMo-Run sees it, which
+# sends a job back to the queue only if it failed.
+BATCH_SETUP = """\
+export MASTER_ADDR=$(scontrol --oneliner show node "$head_node" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+rm -f {interrupted}
+trap '[[ ! -f {interrupted} ]] || ((${{SLURM_RESTART_COUNT:-0}} >= 20)) || scontrol requeue "$SLURM_JOB_ID"' EXIT
+"""
+
+
+@run.cli.entrypoint(type="experiment")
+def aspo(
+    ctx: run.cli.RunContext,
+    recipe: str,
+    nodes: int = 1,
+    ranks_per_node: int = 1,
+    gpus_per_node: int = 0,
+    settings: Optional[list[str]] = None,  # noqa: UP045  NeMo-Run reads no other spelling
+):
+    """Train by ASPO.
+
+    Args:
+        recipe: a YAML file of the repository, such as examples/qwen2_5_32b.yaml.
+        nodes: how many machines.
+        ranks_per_node: processes on each.
+        gpus_per_node: what to ask Slurm for; 0: no GPUs.
+        settings: `section.field=value` words that replace the recipe's.
+    """
+    # sys.exit, as NeMo-Run ends with code 0 after any other exception.
+    sys.exit(exit_code(lambda: launch(ctx, recipe, nodes, ranks_per_node, gpus_per_node, settings or [])))
+
+
+def launch(
+    ctx: run.cli.RunContext, recipe: str, nodes: int, ranks_per_node: int, gpus_per_node: int, settings: list[str]
+) -> int:
+    """Start the ranks, or say in a dry run how; 1 if they were waited for and failed."""
+    words = ["checkpoint.resume=auto", *settings]
+    config = load_config(ROOT / recipe, words)  # a mistake shows here, not after hours in the queue
+    check_world_size(config, nodes * ranks_per_node)
+    # The job has its code in a folder of its own; what it writes stays here, where the next job continues it.
+    output_dir = ROOT / config.output_dir
+    words.append(f"output_dir={output_dir}")
+
+    executor, python = ctx.executor, PYTHON
+    executor.nodes, executor.ntasks_per_node = nodes, ranks_per_node
+    if isinstance(executor, run.SlurmExecutor):
+        executor.job_name_prefix = f"{config.name}."
+        executor.gpus_per_node = gpus_per_node or None
+        executor.setup_lines = BATCH_SETUP.format(interrupted=shlex.quote(f"{output_dir}/{config.name}/interrupted"))
+        if executor.container_image:
+            python = "python"
+            executor.container_mounts.append(f"{output_dir}:{output_dir}")
+    else:
+        executor.env_vars |= {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        recipe = f"{ROOT}/{recipe}"
+    script = RANK_SCRIPT.format(
+        environment=shlex.join(rank_environment(config)),
+        python=shlex.quote(python),
+        words=shlex.join([recipe, *words]),
+    )
+    if not ctx.dryrun:
+        output_dir.mkdir(parents=True, exist_ok=True)  # or a container could not mount it
+    else:
+        print(f"# Every rank runs:\n{script}")
+    with run.Experiment(config.name) as experiment:
+        experiment.add(run.Script(inline=script), executor=executor, name="train", tail_logs=True)
+        ctx.launch(experiment)
+    return int(any(job.state == AppState.FAILED for job in experiment.jobs))
+
+
+def rank_environment(config: RunConfig) -> list[str]:
+    """What ranks on GPUs need: up to Hopper, kernels start in the order of their launch only so, and communication that
+    is to overlap with the layers' compute must start first.
+    """
+    overlaps = config.parallel.tensor > 1 or config.parallel.context > 1
+    return ["CUDA_DEVICE_MAX_CONNECTIONS=1"] if overlaps and config.cluster else []
+
+
+# --- Recipes: every file in examples/, on the machines of its section `cluster`; without one, on CPUs of one machine.
+
+
+def recipe_factory(path: Path) -> Callable[[], run.Partial]:
+    def factory() -> run.Partial[aspo]:
+        config = load_config(path)
+        file = str(path.relative_to(ROOT))
+        if config.cluster is None:
+            ranks = config.parallel.model_parallel_size + config.rollout.ranks
+            return run.Partial(aspo, recipe=file, ranks_per_node=ranks)
+        gpus = config.cluster.gpus_per_node
+        return run.Partial(aspo, recipe=file, nodes=config.cluster.nodes, ranks_per_node=gpus, gpus_per_node=gpus)
+
+    return run.cli.factory(factory, target=aspo, name=path.stem)
+
+
+RECIPES = {path.stem: recipe_factory(path) for path in sorted(ROOT.glob("examples/*.yaml"))}
+
+
+# --- Executors. `run.executor=slurm run.executor.account=NAME` takes one and changes any of its fields.
+
+
+@run.cli.factory
+def local() -> run.Config[run.LocalExecutor]:
+    """This machine, by torchrun."""
+    return run.Config(run.LocalExecutor, launcher="torchrun")
+
+
+@run.cli.factory
+def slurm() -> run.Config[run.SlurmExecutor]:
+    """Slurm, from a login node, in the repository's .venv. A task for every rank."""
+    return run.Config(
+        run.SlurmExecutor,
+        account=None,  # sbatch takes it, as the partition, from SBATCH_ACCOUNT and SBATCH_PARTITION, or the site's
+        time="1-00:00:00",
+        exclusive=True,
+        mem="0",
+        signal="USR1@600",  # to the ranks: ten minutes to finish a step and save
+        retries=3,
+        tunnel=run.Config(run.LocalTunnel, job_dir=""),
+        # The commit goes along with the job. Its submodules (there are none) would be looked for in all folders.
+        packager=run.Config(run.GitArchivePackager, check_uncommitted_changes=True, include_submodules=False),
+    )
+
+
+@run.cli.factory
+def slurm_container() -> run.Config[run.SlurmExecutor]:
+    """Slurm with pyxis: set run.executor.container_image."""
+    executor = slurm()
+    executor.container_image = os.environ.get("CONTAINER", "set run.executor.container_image or CONTAINER")
+    executor.srun_args = ["--no-container-mount-home"]
+    return executor
+
+
+if __name__ == "__main__":
+    run.cli.main(aspo, default_factory=RECIPES["tiny"], default_executor=local())

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# A mixture of experts of 235B parameters, 22B of them active, on 16 nodes of 8 GPUs.
+#   sbatch [SBATCH FLAGS] slurm/aspo_235b_a22b.sh [RECIPE=NAME] [SETTING=VALUE ...] [section.field=value ...]
+#   DRY_RUN=1 bash slurm/aspo_235b_a22b.sh     shows the command; slurm/body.sh lists the settings
+#SBATCH --job-name=aspo-235b-a22b
+#SBATCH --nodes=16
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=1-00:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# The signal comes so many seconds before the time limit: more than a step and a checkpoint take.
+#SBATCH --signal=B:USR1@900
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+RECIPE=${RECIPE:-qwen3_235b_a22b}
+# Slurm runs a copy of this file from a folder of its own.
+ROOT=${ASPO_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
+source "$ROOT/slurm/body.sh"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# A mixture of experts of 671B parameters on 32 nodes of 8 GPUs.
+#   sbatch [SBATCH FLAGS] slurm/aspo_671b.sh [RECIPE=NAME] [SETTING=VALUE ...] [section.field=value ...]
+#   DRY_RUN=1 bash slurm/aspo_671b.sh     shows the command; slurm/body.sh lists the settings
+#SBATCH --job-name=aspo-671b
+#SBATCH --nodes=32
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=1-00:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# The signal comes so many seconds before the time limit: more than a step and a checkpoint take.
+#SBATCH --signal=B:USR1@1200
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+RECIPE=${RECIPE:-deepseek_v3_671b}
+# Slurm runs a copy of this file from a folder of its own.
+ROOT=${ASPO_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
+source "$ROOT/slurm/body.sh"

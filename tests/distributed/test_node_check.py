@@ -1,0 +1,76 @@
+"""The check before a job, among processes on this host: the node that is to blame is named."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from ranks import run
+
+from megatron_aspo.node_check import SILENCE, Meeting, find_bad_nodes
+
+pytestmark = pytest.mark.distributed
+
+NAMES = [f"node{number}" for number in range(4)]
+
+
+def meet(patience: float) -> Meeting:
+    return Meeting(int(os.environ["RANK"]), len(NAMES), timedelta(seconds=patience))
+
+
+def find(folder: Path, bad: int | None) -> dict[str, str]:
+    """On the node `bad` every sum goes wrong, as over a broken cable."""
+    meeting = meet(60)
+    if meeting.rank == bad:
+        sound = dist.all_reduce
+
+        def broken(tensor: Any, **options: Any) -> None:
+            tensor.add_(1)
+            sound(tensor, **options)
+
+        dist.all_reduce = broken
+    found = find_bad_nodes(meeting, NAMES, folder)
+    meeting.leave(list(range(4)))
+    return found
+
+
+def fall_silent(folder: Path) -> dict[str, str]:
+    """The last node is well by itself, and gone when they sum."""
+    meeting = meet(10)
+    if meeting.rank < 3:
+        found = find_bad_nodes(meeting, NAMES, folder)
+        meeting.leave([0, 1, 2])
+        return found
+    meeting.gather("own", [])
+    return {}
+
+
+def without_sharing(folders: Path) -> dict[str, str]:
+    """The third node has another folder where the others have theirs."""
+    meeting = meet(20)
+    folder = folders / ("elsewhere" if meeting.rank == 2 else "shared")
+    folder.mkdir(exist_ok=True)
+    found = find_bad_nodes(meeting, NAMES, folder)
+    meeting.leave(list(range(4)))
+    return found
+
+
+@pytest.mark.parametrize("bad", [None, 0, 2])
+def test_a_broken_cable(tmp_path: Path, bad: int | None) -> None:
+    for found in run(4, find, tmp_path, bad):
+        assert list(found) == ([] if bad is None else [NAMES[bad]])
+        assert all(reason.count("pair-") == 2 and "instead of" in reason for reason in found.values())
+
+
+def test_a_node_that_is_gone(tmp_path: Path) -> None:
+    assert run(4, fall_silent, tmp_path)[:3] == [{"node3": SILENCE}] * 3
+
+
+def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
+    for found in run(4, without_sharing, tmp_path):
+        assert list(found) == ["node2"]
+        assert "is not shared: in canary is nothing, the first node wrote" in found["node2"]

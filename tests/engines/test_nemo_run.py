@@ -1,0 +1,159 @@
+"""examples/nemo_run: what it plans, and that it runs, on this host and on a cluster of four nodes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster, missing, wait_until
+
+from megatron_aspo.run_log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+NEMO_RUN = ROOT / "examples/nemo_run/.venv/bin/python"
+SHORT = ["warmup.updates=5", "rollout.prompts_per_step=8", "eval.every=0"]
+
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.slow,
+    pytest.mark.skipif(not NEMO_RUN.exists(), reason="no NeMo-Run: make nemo-run"),
+]
+
+Aspo = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with the code as it is here, all of it committed: jobs are sent what is."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("megatron_aspo", "examples"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".venv", "__pycache__"))
+    (folder / ".gitignore").write_text("runs/\n__pycache__/\n")
+    user = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "--quiet"], ["add", "."], [*user, "commit", "--quiet", "--message=all of it"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def aspo(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Aspo:
+    """Runs the example's command line."""
+    home = tmp_path_factory.mktemp("nemo_run_home").parent / "home"
+
+    def aspo(*words: str, settings: list[str] | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [NEMO_RUN, "examples/nemo_run/aspo.py", *words, "--yes", f"settings={settings or []}".replace("'", '"')],
+            cwd=checkout,
+            env={**os.environ, "NEMORUN_HOME": str(home), "PYTHON": sys.executable, "COLUMNS": "2000", **environment},
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+
+    return aspo
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if reason := missing():
+        pytest.skip(reason)
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+def train_steps(run_dir: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(run_dir) if record["phase"] == "train"]
+
+
+def test_dry_run_of_32b(aspo: Aspo, checkout: Path) -> None:
+    settings = ["loss.clip_high=0.28", "name=planned"]
+    done = aspo("--factory", "qwen2_5_32b", "--dryrun", "run.executor=slurm", settings=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    flags = dict(re.findall(r"#SBATCH --([a-z-]+)=(\S+)", done.stdout))
+    expected = {"job-name": "planned.train", "nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8"}
+    assert expected.items() <= flags.items()
+    recipe = "examples/qwen2_5_32b.yaml checkpoint.resume=auto loss.clip_high=0.28 name=planned"
+    assert f"exec {sys.executable} -m megatron_aspo.train {recipe} output_dir={checkout}/runs" in done.stdout
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in done.stdout
+    assert not (checkout / "runs").exists()
+
+
+def test_dry_run_in_a_container(aspo: Aspo, checkout: Path) -> None:
+    flags = ["run.executor=slurm_container", "run.executor.container_image=aspo.sqsh", "run.executor.account=me"]
+    done = aspo("--factory", "qwen2_5_32b", "--dryrun", "nodes=8", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "#SBATCH --nodes=8" in done.stdout
+    assert "#SBATCH --account=me" in done.stdout
+    (step,) = re.findall(r"^\s+(srun --output.*?)\s*$", done.stdout, re.MULTILINE)
+    mounts = re.search(r"--container-mounts (\S+)", step)
+    assert "--container-image aspo.sqsh" in step
+    assert "--no-container-mount-home" in step
+    assert mounts is not None
+    assert mounts[1].startswith(f"{checkout}/runs:{checkout}/runs,")
+    assert "exec python -m megatron_aspo.train" in done.stdout
+
+
+def test_every_recipe_is_a_factory() -> None:
+    code = (
+        "import aspo; [print(f'{r.recipe} {r.nodes} {r.gpus_per_node}') for r in (f() for f in aspo.RECIPES.values())]"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "examples/nemo_run")}
+    done = subprocess.run([NEMO_RUN, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    printed = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert printed["examples/tiny.yaml"] == "1 0", done.stderr
+    assert printed["examples/qwen2_5_32b.yaml"] == "4 8"
+    assert len(printed) == len(list(ROOT.glob("examples/*.yaml")))
+
+
+def test_a_mistake_is_told_before_anything_starts(aspo: Aspo, checkout: Path) -> None:
+    done = aspo("--factory", "tiny", settings=["loss.clip_hgh=0.3"])
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "megatron-aspo: unknown setting loss.clip_hgh; did you mean loss.clip_high?"
+    assert not (checkout / "runs").exists()
+
+
+def test_local(aspo: Aspo, checkout: Path) -> None:
+    done = aspo("--factory", "tiny", settings=[*SHORT, "name=local", "train.steps=2"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert train_steps(checkout / "runs/local") == [1, 2]
+    assert (checkout / "runs/local/report.html").exists()
+
+
+def test_ranks_that_fail_are_told_by_the_exit_code(aspo: Aspo) -> None:
+    done = aspo("--factory", "tiny", settings=["name=failing", "data.task=no_such_task"])
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no_such_task" in done.stdout + done.stderr
+
+
+def test_slurm_and_a_signal(aspo: Aspo, checkout: Path, cluster: Cluster) -> None:
+    """Two ranks on each of two nodes; asked to stop, they save, and the job goes on where they were."""
+    settings = [*SHORT, "name=nodes", "train.steps=8", "checkpoint.every=0"]
+    words = ["--detach", "run.executor=slurm", "nodes=2", "ranks_per_node=2"]
+    done = aspo("--factory", "tiny", *words, settings=settings, **cluster.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (job,) = cluster.call("squeue", "-h", "-o", "%i").split()
+
+    def field(name: str) -> str:
+        shown = cluster.call("scontrol", "--oneliner", "show", "job", job)
+        return next(word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}="))
+
+    def said() -> str:
+        folder = Path(field("StdOut")).parent
+        return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*.out")))
+
+    run_dir = checkout / "runs/nodes"
+    wait_until(lambda: (run_dir / "metrics.jsonl").exists() and 2 in train_steps(run_dir), 300, said)
+    cluster.call("scancel", "--signal=USR1", job)
+    wait_until(lambda: field("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), 300, said)
+    assert field("JobState") == "COMPLETED", said()
+    assert field("Restarts") == "1"
+    assert "stopped by a signal: step" in said()
+    assert train_steps(run_dir) == list(range(1, 9))

@@ -1,0 +1,252 @@
+"""slurm/ on a cluster of four nodes: whatever befalls a job, it ends with the metrics of one that was left alone."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import Cluster, Job, missing, wait_until
+
+from megatron_aspo.run_log import read_metrics
+
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(missing() is not None, reason=missing() or ""),
+]
+
+SETTINGS = ["RECIPE=tiny", f"PYTHON={sys.executable}", "SLURM_WAIT=20"]
+SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0")
+STEPS = 8
+# What the warm-up depends on is the recipe's, so that the first job makes it for all.
+SHORT = [
+    f"train.steps={STEPS}",
+    "checkpoint.every=4",
+    "eval.every=0",
+    "rollout.prompts_per_step=8",
+    "parallel.tensor=1",
+]
+
+Submit = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def submit(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Submit:
+    """Submits a job; all share the warm-up."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def submit(name: str, *words: str, layout: tuple[str, ...] = SMALL, flags: tuple[str, ...] = ()) -> Job:
+        settings = [*SETTINGS, f"warmup.cache_dir={root}/cache", *words]
+        return Job(cluster, root, name, settings, [*layout, *flags])
+
+    return submit
+
+
+@pytest.fixture(scope="module")
+def trained(submit: Submit) -> Job:
+    """The whole recipe over 2 nodes of 2 ranks, tensor-parallel on a node and data-parallel between them."""
+    job = submit("trained", layout=("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0"))
+    job.finish()
+    return job
+
+
+@pytest.fixture(scope="module")
+def undisturbed(submit: Submit, trained: Job) -> list[dict[str, Any]]:
+    """What a short run logs when nothing befalls it."""
+    job = submit("undisturbed", *SHORT)
+    job.finish()
+    assert job.exit_code == 0, job.said
+    records = without_times(job.run_dir)
+    assert [r["step"] for r in records if r["phase"] == "train"] == list(range(1, STEPS + 1))
+    assert all(r["optimizer/grad_norm"] > 0.01 for r in records if r["phase"] == "train")
+    return records
+
+
+def without_times(run_dir: Path) -> list[dict[str, Any]]:
+    def timed(key: str) -> bool:
+        return key == "time" or key.startswith("time/") or key.endswith("tokens_per_second")
+
+    return [{k: v for k, v in record.items() if not timed(k)} for record in read_metrics(run_dir)]
+
+
+def wait_for_step(job: Job, step: int) -> None:
+    def there() -> bool:
+        log = job.run_dir / "metrics.jsonl"
+        return log.exists() and any(r["phase"] == "train" and r["step"] >= step for r in read_metrics(job.run_dir))
+
+    wait_until(there, 300, lambda: f"step {step} of {job.name}\n{job.said}")
+
+
+def nodes_of_attempts(job: Job) -> list[list[str]]:
+    return [hosts.split() for hosts in re.findall("tiny.yaml on (.*);", job.said)]
+
+
+def check_goes_on_as_if_nothing_had_happened(job: Job, undisturbed: list[dict[str, Any]], restarts: int) -> None:
+    job.finish()
+    assert job.exit_code == 0, job.said
+    assert int(job.field("Restarts")) == restarts
+    assert without_times(job.run_dir) == undisturbed
+
+
+def test_a_recipe_trains_over_two_nodes(trained: Job) -> None:
+    assert trained.exit_code == 0, trained.said
+    records = read_metrics(trained.run_dir)
+    rewards = [r["reward/mean"] for r in records if r["phase"] == "train"]
+    assert len(rewards) == 20
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.25  # 5 points on average
+    assert (trained.run_dir / "report.html").exists()
+
+
+def test_an_attempt_leaves_its_logs_and_what_it_ran(trained: Job) -> None:
+    logs = trained.run_dir / "logs" / f"{trained.id}-0"
+    ranks = {f"node{rank // 2}-rank{rank}.log" for rank in range(4)}
+    record = {"config.yaml", "git.txt", "environment.txt", "rank.env", "check-node0.log", "check-node1.log"}
+    assert ranks | record <= {path.name for path in logs.iterdir()}
+    assert "train 20/20" in (logs / "node0-rank0.log").read_text()
+    assert "torch==" in (logs / "environment.txt").read_text()
+    assert (logs / "git.txt").read_text().startswith(("commit ", "not a git checkout"))
+    assert "2 node(s) are well" in (logs / "check-node0.log").read_text()
+
+
+def test_time_limit(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]]) -> None:
+    job = submit("time-limit", *SHORT, flags=("--time=60", "--signal=B:USR1@150"))
+    wait_for_step(job, 2)
+    # Slurm looks at limits twice a minute; until then the ranks stand for ones whose steps take long.
+    ranks = job.processes()
+    for rank in ranks:
+        rank.suspend()
+    _, minutes, _ = job.field("RunTime").split(":")
+    cluster.call("scontrol", "update", f"JobId={job.id}", f"TimeLimit={int(minutes) + 2}")
+    wait_until(lambda: "asked to stop: telling the ranks to save" in job.said, 90, lambda: f"a signal\n{job.said}")
+    for rank in ranks:
+        rank.resume()
+    wait_until(lambda: job.field("Restarts") == "1", 120, lambda: f"a requeue\n{job.said}")
+    cluster.call("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    check_goes_on_as_if_nothing_had_happened(job, undisturbed, restarts=1)
+    assert "is saved; back in the queue" in job.said
+
+
+def test_requeue(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]]) -> None:
+    job = submit("requeue", *SHORT)
+    wait_for_step(job, 5)
+    cluster.call("scontrol", "requeue", job.id)
+    check_goes_on_as_if_nothing_had_happened(job, undisturbed, restarts=1)
+
+
+def test_preemption(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]]) -> None:
+    job = submit("preempted", *SHORT, flags=("--partition=low",))
+    wait_for_step(job, 2)
+    urgent = cluster.call("sbatch", "--parsable", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    check_goes_on_as_if_nothing_had_happened(job, undisturbed, restarts=1)
+    assert "is saved; back in the queue" in job.said
+    assert "JobState=COMPLETED" in cluster.call("scontrol", "show", "job", urgent.strip())
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_signal(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]], launcher: str) -> None:
+    job = submit(f"signal-{launcher}", *SHORT, f"LAUNCHER={launcher}")
+    wait_for_step(job, 2)
+    # The batch script is not told, as by a user who wants the nodes free for a while. torchrun's ranks need its help.
+    flags = ["--batch"] if launcher == "torchrun" else []
+    cluster.call("scancel", "--signal=USR1", *flags, job.id)
+    check_goes_on_as_if_nothing_had_happened(job, undisturbed, restarts=1)
+    assert "is saved; back in the queue" in job.said
+
+
+def test_a_killed_rank(submit: Submit, undisturbed: list[dict[str, Any]]) -> None:
+    job = submit("killed", *SHORT)
+    wait_for_step(job, 5)
+    victim = next(p for p in job.processes() if p.environ().get("RANK") == "1")
+    victim.send_signal(signal.SIGKILL)
+    check_goes_on_as_if_nothing_had_happened(job, undisturbed, restarts=0)
+    assert "crash 1 of at most 3 in a row; starting again from" in job.said
+    assert "checkpoints/step_000004" in job.said
+
+
+def test_a_node_that_goes_down(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]]) -> None:
+    job = submit("node-down", *SHORT)
+    wait_for_step(job, 5)
+    down = nodes_of_attempts(job)[0][1]
+    cluster.call("scontrol", "update", f"NodeName={down}", "State=DOWN", "Reason=test")
+    try:
+        check_goes_on_as_if_nothing_had_happened(job, undisturbed, restarts=1)
+    finally:
+        cluster.call("scontrol", "update", f"NodeName={down}", "State=RESUME")
+    assert down not in nodes_of_attempts(job)[1]
+
+
+def test_a_chain_where_requeueing_is_forbidden(
+    submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]]
+) -> None:
+    links = [submit("chain", *SHORT, flags=("--no-requeue", "--dependency=singleton")) for _ in range(2)]
+    wait_for_step(links[0], 2)
+    cluster.call("scancel", "--signal=USR1", links[0].id)
+    check_goes_on_as_if_nothing_had_happened(links[1], undisturbed, restarts=0)
+    assert links[0].exit_code == 75
+    assert "Slurm does not requeue it" in links[1].said  # they share the file
+
+
+def test_requeues_are_bounded(submit: Submit, cluster: Cluster) -> None:
+    job = submit("restarts", *SHORT, "MAX_RESTARTS=0")
+    wait_for_step(job, 1)
+    cluster.call("scancel", "--signal=USR1", "--batch", job.id)
+    job.finish()
+    assert job.exit_code == 75
+    assert "is saved; not requeued, as it has been MAX_RESTARTS=0 times" in job.said
+
+
+def test_crashes_are_bounded(submit: Submit, trained: Job) -> None:
+    run_dir = trained.run_dir.parent / "crashing"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").write_text("a file where a folder must be: nothing can be saved")
+    job = submit("crashing", *SHORT, "MAX_CRASHES=1", "checkpoint.every=1")
+    job.finish()
+    assert job.exit_code == 1
+    assert job.said.count("exit code 1: ") == 2
+    assert "crash 1 of at most 1 in a row; starting again from the beginning" in job.said
+    assert "giving up" in job.said.splitlines()[-1]
+    assert "NotADirectoryError" in job.said or "FileExistsError" in job.said
+
+
+def test_a_bad_node_is_named_and_left_out(submit: Submit, trained: Job) -> None:
+    check = (
+        'NODE_CHECK=echo the fan is loose; test "$SLURM_NODEID$SLURM_RESTART_COUNT" != 1'  # the first attempt's second
+    )
+    job = submit("bad-node", *SHORT, check, "train.steps=1")
+    job.finish()
+    assert job.exit_code == 0, job.said
+    first, second = nodes_of_attempts(job)
+    bad = first[1]
+    assert f"{bad} NODE_CHECK ended with 1: the fan is loose" in job.said
+    assert bad not in second
+    assert job.field("ExcNodeList") == bad
+
+
+def test_the_script_as_it_is_asks_for_gpus(submit: Submit) -> None:
+    job = submit("as-it-is", layout=())
+    job.finish()
+    assert job.exit_code == 1
+    for node in range(4):
+        assert f"node{node} GPUs: 0 of the 8 that Slurm gave answer" in job.said
+    assert "no node passes the check" in job.said.splitlines()[-1]
+
+
+def test_a_mistake_ends_the_job_at_once(submit: Submit) -> None:
+    job = submit("mistake", "loss.clip_hgh=0.3")
+    job.finish()
+    assert job.exit_code == 2
+    assert "unknown setting loss.clip_hgh; did you mean loss.clip_high?" in job.said.splitlines()[-1]
+    assert "crash" not in job.said
