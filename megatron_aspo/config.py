@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_aspo.errors import UserError
+from megatron_aspo.fp8 import Fp8Config, check_fp8_layout, stream_multiple
 
 Objective = Literal["aspo", "grpo", "no_is", "response_mean_is", "cispo", "gspo", "sapo"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
@@ -226,8 +227,8 @@ class ParallelConfig:
 
     @property
     def stream_multiple(self) -> int:
-        """What a packed stream's length must be a multiple of: its context-parallel parts are pairs of chunks, and
-        under sequence parallelism every part is spread evenly over the tensor-parallel ranks."""
+        """What a packed stream's length must be a multiple of, for the layout's sake: its context-parallel parts are
+        pairs of chunks, and under sequence parallelism every part is spread evenly over the tensor-parallel ranks."""
         share = self.tensor if self.sequence_parallel else 1
         return math.lcm(2 * self.context, share * self.context) if self.context > 1 else share
 
@@ -439,6 +440,7 @@ class RunConfig:
     output_dir: str = "runs"
     seed: int = 1
     model: ModelConfig = field(default_factory=ModelConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -459,6 +461,11 @@ class RunConfig:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
+
+    @property
+    def stream_multiple(self) -> int:
+        """What a packed stream's length is padded to a multiple of."""
+        return stream_multiple(self.fp8, self.parallel)
 
     @property
     def updates_per_step(self) -> int:
@@ -614,7 +621,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"{path}={value!r} should be a section with fields of its own")
         return _from_mapping(typing.cast("type[Any]", hint), typing.cast("Mapping[str, Any]", value), f"{path}.")
-    if origin is types.UnionType:  # the only unions here are `X | None`
+    if origin in (types.UnionType, typing.Union):  # the only unions here are `X | None`
         return None if value is None else _convert(arguments[0], value, path)
     if origin is Literal:
         if value not in arguments:
@@ -652,11 +659,30 @@ def _fill_dependent(config: RunConfig) -> RunConfig:
     return config
 
 
+def _check_fp8_run(config: RunConfig) -> None:
+    """What FP8 on a GPU asks of the other sections."""
+    if config.model.dtype != "bfloat16":
+        raise UserError(f"fp8.recipe={config.fp8.recipe} needs model.dtype=bfloat16; set it, or fp8.emulate=true")
+    if config.rollout.engine == "megatron":
+        raise UserError(
+            f"rollout.engine=megatron decodes as many tokens as there are responses, which fp8.recipe="
+            f"{config.fp8.recipe} does not take; set rollout.engine=vllm"
+        )
+
+
 def _check_together(config: RunConfig) -> None:
     """What depends on several fields at once."""
     model, parallel, rollout, train = config.model, config.parallel, config.rollout, config.train
     if not model.hf_path:
-        check_layout({what: getattr(model, what) or 0 for what in _LAID_OUT}, parallel, "model.")
+        sizes = {what: getattr(model, what) or 0 for what in _LAID_OUT}
+        check_layout(sizes, parallel, "model.")
+        head = model.hidden_size // model.num_attention_heads
+        shape = sizes | {"hidden_size": model.hidden_size, "kv_channels": head}
+        check_fp8_layout(shape | {"moe_ffn_hidden_size": model.expert_hidden_size}, config.fp8, parallel, "model.")
+    if config.fp8.recipe is not None and not config.fp8.emulate:
+        _check_fp8_run(config)
+    if config.fp8.recipe == "delayed" and config.fp8.emulate and model.num_experts:
+        raise UserError("fp8.recipe=delayed is not emulated for experts; take another recipe")
     if config.data.chat_template and not model.hf_path:
         raise UserError(
             "data.chat_template=true needs a tokenizer with a chat template, and the character tokenizer has none; "
@@ -677,7 +703,7 @@ def _check_together(config: RunConfig) -> None:
             f"rollout.max_response_tokens={rollout.max_response_tokens} leaves no room for a prompt in "
             f"model.max_sequence_length={model.max_sequence_length}; lower the first or raise the second"
         )
-    longest = math.ceil(model.max_sequence_length / parallel.stream_multiple) * parallel.stream_multiple
+    longest = math.ceil(model.max_sequence_length / config.stream_multiple) * config.stream_multiple
     if train.max_tokens_per_micro_batch < longest:
         raise UserError(
             f"train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} is less than {longest}, where "

@@ -22,10 +22,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_aspo import accelerators
 from megatron_aspo.config import ModelConfig, ParallelConfig
 from megatron_aspo.errors import UserError
-from megatron_aspo.policy import cpu
+from megatron_aspo.fp8 import Fp8Config, check_fp8_device, check_fp8_layout
+from megatron_aspo.policy import cpu, fp8_emulation
 from megatron_aspo.types import MicroBatch
+
+BF16 = Fp8Config()
+"""No FP8."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -62,7 +67,9 @@ class Architecture:
     inv_freq: torch.Tensor | None = None
 
 
-def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> DistributedDataParallel:
+def build_model(
+    config: ModelConfig, parallel: ParallelConfig, vocab_size: int, fp8: Fp8Config = BF16
+) -> DistributedDataParallel:
     """This rank's part of the model, with random weights or Hugging Face's, wrapped for data parallelism.
 
     Random weights do not depend on the tensor-parallel size: with `use_cpu_initialization` the whole weight is drawn
@@ -70,9 +77,11 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) 
     with rows of zeros that the caller gives no probability.
 
     Raises:
-        UserError: a vocabulary or shape that cannot be spread as `parallel` says; a folder of weights that cannot be
-            read, is of an unknown architecture, lacks a tensor or has one too many.
+        UserError: a vocabulary or shape that cannot be spread as `parallel` says or that `fp8` does not take; no GPU that
+            computes in `fp8`; a folder of weights that cannot be read, is of an unknown architecture, lacks a tensor or
+            has one too many.
     """
+    check_fp8_device(fp8, *_cuda_versions())
     hf: Any = None
     if config.hf_path:
         from megatron_aspo.policy import hf  # takes seconds to import
@@ -85,7 +94,8 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) 
                 f"the vocabulary of {vocab_size} tokens is not a multiple of parallel.tensor={parallel.tensor}; "
                 "change it"
             )
-    transformer = transformer_config(config, parallel, architecture)
+    check_fp8_layout(_sizes(architecture), fp8, parallel, "model.")
+    transformer = transformer_config(config, parallel, architecture, fp8)
     gpt = GPTModel(
         config=transformer,
         transformer_layer_spec=_block_spec(transformer),  # type: ignore[arg-type]  (a block's is taken too)
@@ -110,22 +120,29 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) 
         model = Float16Module(transformer, model)
     if hf is not None:
         hf.load_weights(config.hf_path, model)
+    if fp8.emulate:
+        fp8_emulation.emulate(gpt, fp8)
     ddp = DistributedDataParallel(
         transformer,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, fp8_param_gather=fp8.params
+        ),
         model,
     )
     ddp.broadcast_params()
     return ddp
 
 
-def transformer_config(config: ModelConfig, parallel: ParallelConfig, architecture: Architecture) -> TransformerConfig:
-    """Megatron's configuration. Fusions that need Transformer Engine or apex are off where there is no GPU."""
+def transformer_config(
+    config: ModelConfig, parallel: ParallelConfig, architecture: Architecture, fp8: Fp8Config = BF16
+) -> TransformerConfig:
+    """Megatron's configuration. Fusions that need Transformer Engine or apex are off where they are not to be had."""
     on_gpu = torch.cuda.is_available()
     dtype = _DTYPES[config.dtype]
     transformer = TransformerConfig(
         **architecture.transformer,
-        **(_expert_settings(config) if architecture.transformer["num_moe_experts"] else {}),
+        **(_expert_settings(config, fp8) if architecture.transformer["num_moe_experts"] else {}),
+        **_fp8_settings(fp8),
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -145,7 +162,7 @@ def transformer_config(config: ModelConfig, parallel: ParallelConfig, architectu
         calculate_per_token_loss=True,
         bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=on_gpu and accelerators.fused_wgrad() is not None,
     )
     # Megatron-Bridge asks the configuration for it.
     setattr(transformer, "share_embeddings_and_output_weights", architecture.tie_embeddings)  # noqa: B010
@@ -175,8 +192,46 @@ def _architecture(config: ModelConfig) -> Architecture:
     )
 
 
-def _expert_settings(config: ModelConfig) -> dict[str, Any]:
+def _fp8_settings(fp8: Fp8Config) -> dict[str, Any]:
+    """None for an emulation, of which Megatron knows nothing: its own FP8 is Transformer Engine's. The output layer is
+    never in FP8 (`fp8_output_proj` stays off)."""
+    if fp8.recipe is None or fp8.emulate:
+        return {}
     return {
+        "fp8": fp8.format,
+        "fp8_recipe": fp8.mcore_recipe,
+        "fp8_param": fp8.params,
+        "fp8_margin": fp8.margin,
+        "fp8_amax_history_len": fp8.amax_history,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": fp8.bf16_layers > 0,
+        "num_layers_at_start_in_bf16": fp8.bf16_layers_at_start,
+        "num_layers_at_end_in_bf16": fp8.bf16_layers_at_end,
+    }
+
+
+def fp8_optimizer_settings(fp8: Fp8Config) -> dict[str, Any]:
+    """Of Megatron's optimizer, which casts float32 weights to FP8 ones if those are kept."""
+    return {} if fp8.recipe is None or fp8.emulate else {"fp8_recipe": fp8.mcore_recipe}
+
+
+def _cuda_versions() -> tuple[tuple[int, int] | None, tuple[int, int]]:
+    """The GPU's compute capability, if there is one, and the CUDA that torch was built for."""
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    return (torch.cuda.get_device_capability() if torch.cuda.is_available() else None), (int(major), int(minor))
+
+
+def _sizes(architecture: Architecture) -> dict[str, int]:
+    shape = architecture.transformer
+    head = shape.get("kv_channels") or shape["hidden_size"] // shape["num_attention_heads"]
+    experts = {"num_experts": shape["num_moe_experts"] or 0}
+    return {name: size for name, size in shape.items() if isinstance(size, int)} | {"kv_channels": head} | experts
+
+
+def _expert_settings(config: ModelConfig, fp8: Fp8Config) -> dict[str, Any]:
+    return {
+        # Each expert's tokens are filled up to what products in FP8 take.
+        "moe_router_padding_for_quantization": bool(_fp8_settings(fp8)),
         "moe_router_load_balancing_type": "aux_loss" if config.moe_aux_loss_coef else "none",
         "moe_aux_loss_coeff": config.moe_aux_loss_coef,
         "moe_z_loss_coeff": config.moe_z_loss_coef or None,

@@ -29,7 +29,7 @@ from megatron_aspo.loss import (
     vocab_parallel_logprobs,
 )
 from megatron_aspo.packing import pack
-from megatron_aspo.policy.model import build_model, initialize_parallel, model_inputs
+from megatron_aspo.policy.model import build_model, fp8_optimizer_settings, initialize_parallel, model_inputs
 from megatron_aspo.types import MicroBatch, Sample
 
 _NEVER_DECAY = 1 << 62
@@ -100,7 +100,7 @@ class Policy:
         initialize_parallel(config.parallel, config.seed)
         self.config = config
         self.vocab_size = vocab_size
-        self.model: Any = build_model(config.model, config.parallel, vocab_size)
+        self.model: Any = build_model(config.model, config.parallel, vocab_size, config.fp8)
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.tp_group: Any = parallel_state.get_tensor_model_parallel_group()
         self.pp_group = _pipeline_group()
@@ -141,6 +141,7 @@ class Policy:
                 bf16=model.dtype == "bfloat16",
                 params_dtype=self.model.config.params_dtype,
                 use_distributed_optimizer=True,
+                **fp8_optimizer_settings(self.config.fp8),
             ),
             [self.model],
         )
@@ -168,7 +169,7 @@ class Policy:
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
             max_tokens=train.max_tokens_per_micro_batch,
-            multiple=parallel.stream_multiple,
+            multiple=self.config.stream_multiple,
             context_rank=self.cp_group.rank(),
             context_size=parallel.context,
             one_per_row=not train.packing,
