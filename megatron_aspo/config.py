@@ -289,6 +289,8 @@ class RolloutConfig:
             in host memory), 2 its weights too; 0 is nothing.
         refit_bucket_mb: MiB of weights that travel at once from the policy to vLLM.
         refit_checksum: compare checksums of the weights over all ranks at every refit.
+        quantization: "fp8" has vLLM's linear layers in FP8, one scale a tensor, made anew at each refit. On a GPU
+            only.
     """
 
     engine: Literal["megatron", "vllm"] = "megatron"
@@ -307,13 +309,14 @@ class RolloutConfig:
     sleep_level: int = 2
     refit_bucket_mb: int = 512
     refit_checksum: bool = False
+    quantization: Literal["none", "fp8"] = "none"
 
     def __post_init__(self) -> None:
         _require_positive(self, "prompts_per_step", "max_response_tokens", "max_rounds", "batch_size")
         _require_positive(self, "tensor", "kv_cache_gb", "refit_bucket_mb")
         _require(self.sleep_level in (0, 1, 2), f"sleep_level={self.sleep_level} must be 0, 1 or 2")
         _require(self.top_k >= 0, f"top_k={self.top_k} must be >= 0 (0 is all tokens)")
-        for name, off in (("top_k", 0), ("tensor", 1)):
+        for name, off in (("top_k", 0), ("tensor", 1), ("quantization", "none")):
             _require(
                 self.engine == "vllm" or getattr(self, name) == off,
                 f"{name}={getattr(self, name)} is for vLLM; set rollout.engine=vllm, or {name}={off}",

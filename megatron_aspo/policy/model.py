@@ -77,9 +77,9 @@ def build_model(
     with rows of zeros that the caller gives no probability.
 
     Raises:
-        UserError: a vocabulary or shape that cannot be spread as `parallel` says or that `fp8` does not take; no GPU that
-            computes in `fp8`; a folder of weights that cannot be read, is of an unknown architecture, lacks a tensor or
-            has one too many.
+        UserError: a vocabulary or shape that cannot be spread as `parallel` says or that `fp8` does not take; no GPU
+            that computes in `fp8`; a folder of weights that cannot be read, is of an unknown architecture, lacks a
+            tensor or has one too many.
     """
     check_fp8_device(fp8, *_cuda_versions())
     hf: Any = None

@@ -204,6 +204,8 @@ def _start(policy: Policy, config: RolloutConfig, seed: int) -> Any:
 
     _register_transfer(policy.device.type == "cpu")
     if policy.device.type == "cpu":
+        if config.quantization != "none":
+            raise UserError(f"rollout.quantization={config.quantization} needs a GPU; set rollout.quantization=none")
         _check_head_size(policy.model.config.kv_channels)
         _name_shared_memory()
     with tempfile.TemporaryDirectory() as folder:
@@ -213,6 +215,7 @@ def _start(policy: Policy, config: RolloutConfig, seed: int) -> Any:
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 dtype=policy.config.model.dtype,
+                quantization="fp8_per_tensor" if config.quantization == "fp8" else None,
                 max_model_len=policy.config.model.max_sequence_length,
                 max_num_seqs=config.batch_size,
                 kv_cache_memory_bytes=int(config.kv_cache_gb * (1 << 30)),
