@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_aspo.config import ParallelConfig, PolicyLossConfig, RunConfig, load_config
 from megatron_aspo.distributed import distributed
 from megatron_aspo.fp8 import Fp8Config
+from megatron_aspo.journal import Journal
 from megatron_aspo.loss.objectives import TokenInputs, aspo
 from megatron_aspo.packing import pack
 from megatron_aspo.policy import fp8_emulation
@@ -137,7 +138,7 @@ def run(config: RunConfig, problems: int, lr: float) -> dict[str, Any]:
     with distributed(config):
         policy = Policy(config, load_tokenizer(config).vocab_size)
         if config.warmup.updates:
-            warm_up(policy, config)
+            warm_up(policy, config, Journal(config, [], None, is_rank_0=False))
         return study(policy, text(config, problems), lr)
 
 

@@ -1,4 +1,4 @@
-"""What is found of Transformer Engine and apex, on import paths with real folders; and that an impostor harms nothing."""
+"""What is found of Transformer Engine and apex, on import paths of real folders; an impostor harms nothing."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_gpus(recipe: Any, capability: tuple[int, int] | None, cuda: tuple[int, 
     if said is None:
         check_fp8_device(Fp8Config(recipe=recipe), capability, cuda)
         return
-    with pytest.raises(UserError, match="^fp8.recipe=") as error:
+    with pytest.raises(UserError, match=r"^fp8\.recipe=") as error:
         check_fp8_device(Fp8Config(recipe=recipe), capability, cuda)
     assert said in str(error.value)
 
