@@ -5,9 +5,9 @@
 Writes docs/fp8.json and docs/fp8.png; about five minutes on two idle cores. Needs `make smollm2`.
 
 At every position of a fixed text the expectation over the *whole* vocabulary is taken under the model without FP8, so
-there is no noise of sampling. Then all weights take a step of the size of Adam's first (lr x the gradient's sign), and
-the importance ratio of the stepped model to the first, both in FP8, is set against that without FP8. That step also
-gives the share of tokens that ASPO clips, with advantages of either sign in equal parts.
+there is no noise of sampling. Then all weights take a step as Adam's first is (lr x the gradient's sign), and the
+importance ratio of the stepped model to the first, both in FP8, is set against that without FP8. That step also gives
+the share of tokens that ASPO clips, with advantages of either sign in equal parts.
 """
 
 from __future__ import annotations
@@ -65,14 +65,17 @@ def measure(policy: Policy, batch: MicroBatch) -> Tensor:
     return log_softmax(policy, batch)
 
 
-def step(policy: Policy, batch: MicroBatch, lr: float) -> list[Tensor]:
-    """The weights after `w -= lr sign(gradient of the text's likelihood)`."""
+def gradient_signs(policy: Policy, batch: MicroBatch) -> list[Tensor]:
+    """Of the text's negative log-likelihood, for every weight."""
     policy.model.train()
     policy.model.zero_grad_buffer()
     taken = log_softmax(policy, batch).gather(1, batch.labels[batch.loss_mask][:, None])
     (-taken.mean()).backward()
-    parameters = list(policy.model.parameters())
-    return [(p.float() - lr * p.main_grad.sign()).to(p.dtype) for p in parameters]
+    return [p.main_grad.sign().to(torch.int8) for p in policy.model.parameters()]
+
+
+def after_step(weights: list[Tensor], signs: list[Tensor], lr: float) -> list[Tensor]:
+    return [(w.float() - lr * sign).to(w.dtype) for w, sign in zip(weights, signs, strict=True)]
 
 
 def moved(base: Tensor, other: Tensor) -> dict[str, float]:
@@ -100,21 +103,24 @@ def clipped(old: Tensor, new: Tensor) -> float:
     return sum(shares) / 2
 
 
-def study(policy: Policy, samples: list[Sample], lr: float) -> dict[str, Any]:
+def study(policy: Policy, samples: list[Sample], steps: tuple[float, ...]) -> dict[str, Any]:
     (batch,) = pack(samples, dp_rank=0, dp_size=1, max_tokens=1 << 16, multiple=128)
     weights = [p.detach().clone() for p in policy.model.parameters()]
     gpt = policy.model.module.module if policy.model.config.bf16 else policy.model.module
-    stepped = step(policy, batch, lr)
+    signs = gradient_signs(policy, batch)
     base = measure(policy, batch)
-    policy._assign(stepped)
-    base_stepped = measure(policy, batch)
-    p, change = base.exp(), base_stepped - base
-    spread = lambda x: float(((p * x.square()).sum(-1).mean()).sqrt())  # noqa: E731
-    result: dict[str, Any] = {
-        "tokens": len(base),
-        "without": {"ratio": spread(change), "clipped": clipped(base, base_stepped)},
-        "recipes": {},
-    }
+    p, changes = base.exp(), {}
+    result: dict[str, Any] = {"tokens": len(base), "without": {}, "recipes": {}}
+
+    def spread(x: Tensor) -> float:
+        return float((p * x.square()).sum(-1).mean().sqrt())
+
+    for lr in steps:
+        policy._assign(after_step(weights, signs, lr))
+        stepped = measure(policy, batch)
+        changes[lr] = stepped - base
+        result["without"][str(lr)] = {"ratio": spread(changes[lr]), "clipped": clipped(base, stepped)}
+    print("without", json.dumps(result["without"]), flush=True)
     for recipe in RECIPES:
         policy._assign(weights)
         fp8_emulation.emulate(gpt, Fp8Config(recipe=recipe, emulate=True))
@@ -125,21 +131,23 @@ def study(policy: Policy, samples: list[Sample], lr: float) -> dict[str, Any]:
             log_softmax(policy, batch)  # with gradients: scales come from this pass
         old = measure(policy, batch)
         found |= moved(base, old)
-        policy._assign(stepped)
-        new = measure(policy, batch)
-        found["ratio error"] = spread((new - old) - change)
-        found["clipped"] = clipped(old, new)
+        found["steps"] = {}
+        for lr in steps:
+            policy._assign(after_step(weights, signs, lr))
+            new = measure(policy, batch)
+            error = spread((new - old) - changes[lr])
+            found["steps"][str(lr)] = {"ratio error": error, "clipped": clipped(old, new)}
         result["recipes"][recipe] = found
         print(recipe, json.dumps(found), flush=True)
     return result
 
 
-def run(config: RunConfig, problems: int, lr: float) -> dict[str, Any]:
+def run(config: RunConfig, problems: int, steps: tuple[float, ...]) -> dict[str, Any]:
     with distributed(config):
         policy = Policy(config, load_tokenizer(config).vocab_size)
         if config.warmup.updates:
             warm_up(policy, config, Journal(config, [], None, is_rank_0=False))
-        return study(policy, text(config, problems), lr)
+        return study(policy, text(config, problems), steps)
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
@@ -152,16 +160,18 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     for i, (model, found) in enumerate(figures.items()):
         at = [x + (i - 0.5) * 0.38 for x in range(len(RECIPES))]
         colour = ("#0072B2", "#E69F00")[i]
-        for ax, name in zip(axes, ("mean |d|", "KL", "clipped"), strict=True):
-            bars = ax.bar(at, [found["recipes"][r][name] for r in RECIPES], 0.36, color=colour, label=model)
+        small, large = found["without"]
+        rows = [found["recipes"][recipe] for recipe in RECIPES]
+        panels = (
+            [row["mean |d|"] for row in rows],
+            [row["KL"] for row in rows],
+            [row["steps"][large]["clipped"] for row in rows],
+        )
+        for ax, values in zip(axes, panels, strict=True):
+            bars = ax.bar(at, values, 0.36, color=colour, label=f"{model} (a step of {large})")
             ax.bar_label(bars, fmt="%.2g", fontsize=7)
-        axes[2].axhline(found["without"]["clipped"], color=colour, ls=":", lw=1.5)
-    titles = ("mean |Δ log-prob|, nats", "KL(without ‖ with FP8), nats", "share that ASPO clips (dotted: no FP8)")
-    for ax, title in zip(axes, titles, strict=True):
-        ax.set_title(title, fontsize=10)
-        ax.set_xticks(range(len(RECIPES)), RECIPES)
-        ax.margins(y=0.15)
-        ax.spines[["top", "right"]].set_visible(False)
+        axes[2].hlines(found["without"][large]["clipped"], -0.5, 3.5, color=colour, ls=":", lw=1.5)
+        axes[2].plot(at, [row["steps"][small]["clipped"] for row in rows], "k_", ms=9)
     axes[1].set_yscale("log")
     axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
@@ -177,10 +187,10 @@ def main() -> None:
     if only != "demo":
         model = f"model.hf_path={ROOT}/models/SmolLM2-135M-Instruct"
         smollm2 = load_config(ROOT / "examples/smollm2_135m.yaml", [model])
-        figures["SmolLM2-135M"] = run(smollm2, problems=4, lr=1e-4)
+        figures["SmolLM2-135M"] = run(smollm2, problems=4, steps=(1e-5, 1e-4))
     if only != "SmolLM2-135M":
         demo = replace(load_config(ROOT / "examples/demo_chain_sum.yaml"), parallel=ParallelConfig())
-        figures["demo"] = run(demo, problems=64, lr=1e-3)
+        figures["demo"] = run(demo, problems=64, steps=(1e-4, 1e-3))
     path.write_text(json.dumps(figures, indent=1) + "\n")
     draw(figures, ROOT / "docs" / "fp8.png")
 
