@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_aspo import __version__
-from megatron_aspo.config import RunConfig, check_world_size, load_config
+from megatron_aspo.config import RunConfig, check_world_size, colocated, load_config
 from megatron_aspo.errors import RunError, UserError
 from megatron_aspo.rollout.engine import check_engine
 from megatron_aspo.run_folder import find_checkpoint, find_resume, make_folders
@@ -44,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         sub = commands.add_parser(name, help=help_text, description=help_text)
         add_arguments(sub)
-        sub.add_argument("--nproc", type=int, help="ranks on this host (default: tensor x pipeline)")
+        sub.add_argument(
+            "--nproc",
+            type=int,
+            help="ranks on this host (default: the fewest possible)",
+        )
     report = commands.add_parser("report", help="write report.html and report.png of a run")
     report.add_argument("run_dir", type=Path, help="runs/<name>")
 
@@ -115,8 +119,8 @@ def parse_run_config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def exit_code(action: Callable[[], int]) -> int:
-    """Run `action`; a UserError becomes one line on stderr (rank 0 speaks for all) and exit code 2, a RunError a
-    traceback and one line (of every rank that has it) and exit code 1."""
+    """Run `action`; a UserError becomes one line on stderr (rank 0 speaks for all) and exit code 2, a RunError one
+    line (of every rank that has it, behind the traceback of what caused it, if anything did) and exit code 1."""
     try:
         return action()
     except UserError as error:
@@ -124,7 +128,8 @@ def exit_code(action: Callable[[], int]) -> int:
             print(f"megatron-aspo: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     except RunError as error:
-        traceback.print_exc()
+        if error.__cause__ is not None:
+            traceback.print_exc()
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         hint = "the last checkpoint is intact, continue from it with --resume auto"
         print(f"megatron-aspo: {rank}{' '.join(str(error).split())}; {hint}", file=sys.stderr, flush=True)
@@ -150,7 +155,10 @@ def _run_ranks(arguments: argparse.Namespace) -> int:
     from megatron_aspo.launch import run_local
 
     config = parse_run_config(arguments)
-    ranks = config.parallel.model_parallel_size if arguments.nproc is None else arguments.nproc
+    if arguments.command != "train":
+        config = colocated(config)
+    least = config.parallel.model_parallel_size + config.rollout.ranks
+    ranks = least if arguments.nproc is None else arguments.nproc
     if ranks < 1:
         raise UserError(f"--nproc={ranks} must be >= 1")
     check_world_size(config, ranks)

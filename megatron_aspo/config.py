@@ -124,6 +124,10 @@ class PolicyLossConfig:
 _SET_WITH_HF_PATH = ("hf_path", "dtype", "max_sequence_length", "moe_aux_loss_coef", "moe_z_loss_coef")
 
 
+RMS_NORM_EPSILON = 1e-5
+"""Of models that start from random weights."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama architecture (RMSNorm, rotary embeddings, SwiGLU, grouped-query attention), dense or
@@ -268,7 +272,8 @@ class RolloutConfig:
     """How responses are sampled from the policy.
 
     Attributes:
-        engine: "megatron" samples from the training model itself; "vllm" from vLLM beside it in the same ranks.
+        engine: "megatron" samples from the training model itself; "vllm" from vLLM, beside it in the same ranks or in
+            ranks of its own.
         prompts_per_step: prompt groups that enter one training step.
         responses_per_prompt: group size G.
         temperature: 0 is greedy. The trainer's log-probs are those of the same tempered distribution.
@@ -291,6 +296,10 @@ class RolloutConfig:
         refit_checksum: compare checksums of the weights over all ranks at every refit.
         quantization: "fp8" has vLLM's linear layers in FP8, one scale a tensor, made anew at each refit. On a GPU
             only.
+        ranks: how many of the launcher's ranks, its last ones, only generate; the others train. 0: all ranks do both in
+            turn.
+        max_staleness: with `ranks`, how many batches are generated ahead while the policy is trained. The batch of step
+            n is written by the weights after step n - 1 - max_staleness (the initial ones where there is none).
     """
 
     engine: Literal["megatron", "vllm"] = "megatron"
@@ -310,17 +319,30 @@ class RolloutConfig:
     refit_bucket_mb: int = 512
     refit_checksum: bool = False
     quantization: Literal["none", "fp8"] = "none"
+    ranks: int = 0
+    max_staleness: int = 0
 
     def __post_init__(self) -> None:
         _require_positive(self, "prompts_per_step", "max_response_tokens", "max_rounds", "batch_size")
         _require_positive(self, "tensor", "kv_cache_gb", "refit_bucket_mb")
         _require(self.sleep_level in (0, 1, 2), f"sleep_level={self.sleep_level} must be 0, 1 or 2")
         _require(self.top_k >= 0, f"top_k={self.top_k} must be >= 0 (0 is all tokens)")
-        for name, off in (("top_k", 0), ("tensor", 1), ("quantization", "none")):
+        _require(self.ranks >= 0, f"ranks={self.ranks} must be >= 0 (0: no ranks that only generate)")
+        _require(self.max_staleness >= 0, f"max_staleness={self.max_staleness} must be >= 0")
+        for name, off in (("top_k", 0), ("tensor", 1), ("ranks", 0), ("quantization", "none")):
             _require(
                 self.engine == "vllm" or getattr(self, name) == off,
                 f"{name}={getattr(self, name)} is for vLLM; set rollout.engine=vllm, or {name}={off}",
             )
+        _require(
+            self.ranks % self.tensor == 0,
+            f"ranks={self.ranks} cannot be parted into replicas of tensor={self.tensor} ranks; make it a multiple",
+        )
+        _require(
+            self.max_staleness == 0 or self.ranks > 0,
+            f"max_staleness={self.max_staleness} needs ranks that generate while others train; set rollout.ranks, or "
+            "max_staleness=0",
+        )
         _require(
             self.responses_per_prompt >= 2,
             f"responses_per_prompt={self.responses_per_prompt} must be >= 2: group-relative advantages need a group",
@@ -521,6 +543,11 @@ def config_warnings(config: RunConfig) -> list[str]:
             "importance ratio is 1 and all objectives have the same gradient; lower "
             "train.mini_batch_prompts or raise train.epochs"
         )
+    if config.fp8.recipe == "delayed":
+        warnings.append(
+            "fp8.recipe=delayed scales by earlier passes: old log-probs and the update's passes differ, and the first "
+            "importance ratios are not 1; current, blockwise and mxfp8 reproduce them"
+        )
     for name, value, off in (("top_p", config.rollout.top_p, 1), ("top_k", config.rollout.top_k, 0)):
         if value != off:
             warnings.append(
@@ -528,19 +555,40 @@ def config_warnings(config: RunConfig) -> list[str]:
                 "log-probs are of the whole one: the importance ratio then corrects for the wrong policy; "
                 f"{name}={off} is exact"
             )
+    if config.rollout.max_staleness and config.loss.rollout_correction == "none":
+        warnings.append(
+            f"rollout.max_staleness={config.rollout.max_staleness} trains on responses of older weights as if the "
+            "current ones had written them (loss.rollout_correction=none); truncate or mask weights them by "
+            "pi_old / pi_rollout"
+        )
     return warnings
 
 
+def colocated(config: RunConfig) -> RunConfig:
+    """The same without ranks that only generate: what commands other than training need."""
+    return replace(config, rollout=replace(config.rollout, ranks=0, max_staleness=0))
+
+
 def check_world_size(config: RunConfig, world_size: int) -> None:
-    """Raise UserError unless `world_size` ranks can hold the configured layout."""
-    size = config.parallel.model_parallel_size
-    if world_size % size:
+    """Raise UserError unless `world_size` ranks, `rollout.ranks` included, can hold the configured layout."""
+    size, apart = config.parallel.model_parallel_size, config.rollout.ranks
+    training = world_size - apart
+    if apart and training < 1:
         raise UserError(
-            f"{world_size} rank(s) cannot hold parallel.tensor={config.parallel.tensor} x "
-            f"parallel.pipeline={config.parallel.pipeline} x parallel.context={config.parallel.context} "
-            f"with parallel.expert={config.parallel.expert}; start a multiple of {size} ranks"
+            f"{world_size} rank(s) are too few for rollout.ranks={apart} that only generate and {size} that train; "
+            f"start {apart} ranks more than a multiple of {size}"
         )
-    if world_size % config.rollout.tensor:
+    if training % size:
+        what, start = f"{world_size} rank(s)", f"a multiple of {size} ranks"
+        if apart:
+            what = f"{training} training rank(s) ({world_size} less rollout.ranks={apart})"
+            start = f"{apart} ranks more than a multiple of {size}"
+        raise UserError(
+            f"{what} cannot hold parallel.tensor={config.parallel.tensor} x "
+            f"parallel.pipeline={config.parallel.pipeline} x parallel.context={config.parallel.context} "
+            f"with parallel.expert={config.parallel.expert}; start {start}"
+        )
+    if not apart and world_size % config.rollout.tensor:
         raise UserError(
             f"{world_size} rank(s) cannot be parted into replicas of rollout.tensor={config.rollout.tensor} ranks; "
             "start a multiple of them"

@@ -9,5 +9,5 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """The run cannot go on, and no setting is to blame: the cause in one line, shown after the traceback. What has been
-    saved is intact, and the command line ends with exit code 1."""
+    """The run cannot go on, and no setting is to blame: the cause in one line, behind the traceback of the
+    exception that it was raised from. What has been saved is intact, and the command line ends with exit code 1."""

@@ -7,7 +7,7 @@ import sys
 
 import torch.distributed as dist
 
-from megatron_aspo.config import EvalConfig
+from megatron_aspo.config import EvalConfig, colocated
 from megatron_aspo.data import ReasoningGymPrompts
 from megatron_aspo.distributed import distributed
 from megatron_aspo.metrics import sample_metrics
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = cli.Parser(prog="megatron_aspo.evaluation")
         cli.add_eval_arguments(parser)
         arguments = cli.parse(parser, argv)
-        config = cli.parse_run_config(arguments)
+        config = colocated(cli.parse_run_config(arguments))
         check_engine(config.rollout)
         with distributed(config):
             tokenizer = load_tokenizer(config)

@@ -6,6 +6,7 @@ import sys
 
 import torch.distributed as dist
 
+from megatron_aspo.config import colocated
 from megatron_aspo.distributed import distributed
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = cli.Parser(prog="megatron_aspo.export")
         cli.add_export_arguments(parser)
         arguments = cli.parse(parser, argv)
-        config = cli.parse_run_config(arguments)
+        config = colocated(cli.parse_run_config(arguments))
         cli.check_export(config, arguments.folder)
         with distributed(config):
             path = find_checkpoint(config, arguments.checkpoint)

@@ -9,26 +9,29 @@ from itertools import pairwise
 
 import torch.distributed as dist
 
-from megatron_aspo.advantages import fill_group_advantages, has_signal
+from megatron_aspo.channel import Channel
 from megatron_aspo.config import RunConfig, config_warnings
 from megatron_aspo.data import ReasoningGymPrompts
-from megatron_aspo.distributed import distributed
+from megatron_aspo.distributed import distributed, warn
 from megatron_aspo.evaluation import evaluate
 from megatron_aspo.journal import Clock, Journal
-from megatron_aspo.metrics import sample_metrics
 from megatron_aspo.mismatch import measure_mismatch
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
-from megatron_aspo.rewards.reasoning_gym import score
-from megatron_aspo.rollout.engine import RolloutEngine, build_engine, check_engine
+from megatron_aspo.rollout.engine import build_engine, check_engine
 from megatron_aspo.run_folder import checkpoints_folder, find_resume, make_folders, read_meta
+from megatron_aspo.sampling import build_batches
+from megatron_aspo.serve import serve
 from megatron_aspo.tokenizer import load_tokenizer
-from megatron_aspo.types import MicroBatch, Sample
+from megatron_aspo.types import Batch, MicroBatch, Sample
 from megatron_aspo.warmup import warm_up
 
 
-def train(config: RunConfig, argv: list[str]) -> None:
-    """Run `config.train.steps` steps of ASPO: sample, score, compare within groups, update, and again."""
+def train(config: RunConfig, argv: list[str], channel: Channel | None = None) -> None:
+    """Run `config.train.steps` steps of ASPO: sample, score, compare within groups, update, and again.
+
+    `channel` leads to the rollout ranks, if there are any.
+    """
     check_engine(config.rollout)
     make_folders(config)
     resume_from = find_resume(config)
@@ -36,7 +39,7 @@ def train(config: RunConfig, argv: list[str]) -> None:
     tokenizer = load_tokenizer(config)
     prompts = ReasoningGymPrompts.of(config, tokenizer)
     policy = Policy(config, tokenizer.vocab_size)
-    engine = build_engine(policy, config.rollout, tokenizer, config.seed)
+    engine = build_engine(policy, config.rollout, tokenizer, config.seed, channel)
     steps = config.train.steps
 
     with Journal(config, argv, resume_step, dist.get_rank() == 0) as journal:
@@ -46,9 +49,12 @@ def train(config: RunConfig, argv: list[str]) -> None:
             warm_up(policy, config, journal)
         if config.loss.kl_coef:
             policy.keep_reference()
+        sampled_ahead: list[Batch] = []
         if resume_from:
             _, state = checkpoint.load(resume_from, policy)
             prompts.load_state_dict(state["prompts"])
+            sampled_ahead = checkpoint.load_batches(resume_from)
+        batches = build_batches(engine, prompts, config, resume_step or 0, sampled_ahead)
         engine.refit()
         if not resume_from:
             journal.record("eval", 0, steps, evaluate(engine, prompts, config.eval))
@@ -57,9 +63,9 @@ def train(config: RunConfig, argv: list[str]) -> None:
             journal.say(f"{config.run_dir} is complete: {resume_step} of {steps} steps; delete it to train again")
         clock = Clock()
         for step in range((resume_step or 0) + 1, steps + 1):
-            groups, values = sample_groups(engine, prompts, config, clock)
+            batch = batches.next(clock)
             engine.sleep()
-            mini_batches = [policy.pack(samples) for samples in split_into_mini_batches(groups, config)]
+            mini_batches = [policy.pack(samples) for samples in split_into_mini_batches(batch.groups, config)]
 
             with clock("old_logprobs"):
                 for mini_batch in mini_batches:
@@ -67,6 +73,7 @@ def train(config: RunConfig, argv: list[str]) -> None:
                     if config.loss.kl_coef:
                         policy.fill_logprobs(mini_batch, "ref_logprobs")
 
+            values = batch.metrics
             values |= {f"mismatch/{name}": value for name, value in measure_mismatch(mini_batches).items()}
             values["optimizer/lr"] = policy.learning_rate
             with clock("update"):
@@ -84,51 +91,8 @@ def train(config: RunConfig, argv: list[str]) -> None:
             if step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 with clock("checkpoint"):
                     state = {"prompts": prompts.state_dict()}
-                    checkpoint.save(checkpoints_folder(config), step, policy, state, config.checkpoint.keep)
-
-
-def sample_groups(
-    engine: RolloutEngine, prompts: ReasoningGymPrompts, config: RunConfig, clock: Clock
-) -> tuple[list[list[Sample]], dict[str, float]]:
-    """Groups of scored responses with their advantages, and what was sampled on the way.
-
-    With dynamic sampling, groups without a signal are dropped and refilled from new prompts, for at most
-    `max_rounds` rounds of generation; what is still missing then stays missing.
-    """
-    rollout = config.rollout
-    size = rollout.responses_per_prompt
-    kept: list[list[Sample]] = []
-    sampled: list[Sample] = []
-    rounds = 0
-    while len(kept) < rollout.prompts_per_step and rounds < (rollout.max_rounds if rollout.dynamic_sampling else 1):
-        missing = rollout.prompts_per_step - len(kept)
-        with clock("rollout"):
-            samples = engine.generate(
-                prompts.draw(missing), size, rollout.temperature, first_group=len(sampled) // size
-            )
-        with clock("reward"):
-            score(samples)
-        groups = [samples[i : i + size] for i in range(0, len(samples), size)]
-        kept += [group for group in groups if has_signal(group) or not rollout.dynamic_sampling]
-        sampled += samples
-        rounds += 1
-    if not kept:
-        warn(
-            f"none of {len(sampled) // size} groups had rewards that differ: this step updates nothing; "
-            "the task is too hard or too easy for the policy, or rollout.responses_per_prompt too small"
-        )
-    for group in kept:
-        fill_group_advantages(group)
-    tokens = sum(len(sample.token_ids) for sample in sampled)
-    filtered = {"data/overlong_prompts": float(prompts.overlong)} if config.data.overlong_prompts == "filter" else {}
-    return kept, {
-        **sample_metrics(sampled, "rollout"),
-        **filtered,
-        "rollout/tokens_per_second": tokens / clock["rollout"],
-        "rollout/rounds": float(rounds),
-        "rollout/groups_kept": float(len(kept)),
-        "rollout/groups_dropped": float(len(sampled) // size - len(kept)),
-    }
+                    keep = config.checkpoint.keep
+                    checkpoint.save(checkpoints_folder(config), step, policy, state, keep, batches.ahead())
 
 
 def split_into_mini_batches(groups: Sequence[list[Sample]], config: RunConfig) -> list[list[Sample]]:
@@ -157,11 +121,6 @@ def update(policy: Policy, mini_batches: Sequence[list[MicroBatch]], config: Run
     return {f"loss/{name}": value for name, value in means.items()} | grad_norm
 
 
-def warn(message: str) -> None:
-    if dist.get_rank() == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """One rank of a training run."""
     from megatron_aspo import cli
@@ -170,10 +129,13 @@ def main(argv: list[str] | None = None) -> int:
         parser = cli.Parser(prog="megatron_aspo.train")
         cli.add_run_arguments(parser)
         config = cli.parse_run_config(cli.parse(parser, argv))
-        with distributed(config):
+        with distributed(config) as channel:
+            if channel is not None and channel.role == "rollout":
+                serve(config, channel)
+                return 0
             for message in config_warnings(config):
                 warn(message)
-            train(config, sys.argv if argv is None else argv)
+            train(config, sys.argv if argv is None else argv, channel)
             if dist.get_rank() == 0:
                 from megatron_aspo.report import print_summary, write_report
 

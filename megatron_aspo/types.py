@@ -48,6 +48,29 @@ class Sample:
 
 
 @dataclass
+class Batch:
+    """What one step trains on, as it was sampled.
+
+    Attributes:
+        groups: scored samples with their advantages, a list for each prompt; fewer than asked for where groups had no
+            signal.
+        metrics: what is logged of them.
+        prompts: state of the prompts' stream after it.
+        started, ended: when it was sampled; unix seconds.
+        weights_step: the step after which the policy had the weights that wrote it; 0 for the initial ones.
+        weight_version: number of those weights (optimizer updates taken).
+    """
+
+    groups: list[list[Sample]]
+    metrics: dict[str, float]
+    prompts: dict[str, int]
+    started: float
+    ended: float
+    weights_step: int = 0
+    weight_version: int = 0
+
+
+@dataclass
 class MicroBatch:
     """A packed stream of samples (THD layout): every per-token tensor is [T] and already shifted.
 

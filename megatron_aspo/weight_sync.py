@@ -1,10 +1,11 @@
-"""The policy's weights on their way to a rollout engine in the same process: tensor by tensor, no disk."""
+"""The policy's weights on their way to a rollout engine: tensor by tensor, no disk."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,19 @@ from megatron_aspo.errors import RunError
 
 Weight = tuple[str, Tensor]
 """A whole tensor under its name in Hugging Face's checkpoints."""
+
+
+class WeightSource(Protocol):
+    """Where an engine takes the policy's weights from."""
+
+    @property
+    def version(self) -> int:
+        """Optimizer updates that the weights have seen."""
+        ...
+
+    def weights(self) -> Iterator[Weight]:
+        """The whole policy, tensor by tensor. Collective."""
+        ...
 
 
 class WeightSyncError(RunError):

@@ -1,8 +1,8 @@
 """Checkpoints with Megatron's dist_checkpointing: written at one layout, read at any other.
 
 A checkpoint is a folder `step_000025`: `meta.json` (step, data position, ...), the model's and optimizer's
-shards, and `rng/`, the random states of every rank. It is written under another name and renamed when complete,
-so that a half-written one is never picked up.
+shards, `rng/`, the random states of every rank, and `batches.pt` if batches had been sampled ahead.
+It is written under another name and renamed when complete, so that a half-written one is never picked up.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from megatron_aspo.config import ModelConfig
 from megatron_aspo.errors import UserError
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.run_folder import META_FILE, PARTIAL_SUFFIX, STEP_PREFIX, list_checkpoints, read_meta, step_of
+from megatron_aspo.types import Batch
 
 # The one format of the distributed optimizer that can be read at another layout.
 _OPTIMIZER_FORMAT = {
@@ -35,15 +37,20 @@ _OPTIMIZER_FORMAT = {
     "chained_optim_avoid_prefix": True,
 }
 
+_BATCHES_FILE = "batches.pt"
+
 # Of the model's section, but no property of its weights.
 _TRAINING_SETTINGS = ("moe_aux_loss_coef", "moe_z_loss_coef")
 
 
-def save(root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int = 0) -> Path:
+def save(
+    root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int = 0, batches: Sequence[Batch] = ()
+) -> Path:
     """Write `root/step_<step>` and delete all but the `keep` newest (0 keeps all). Collective.
 
     Args:
         state: JSON-serialisable, the same on every rank; `load` returns it.
+        batches: sampled ahead, the same on every rank; `load_batches` returns them.
     """
     final = root / f"{STEP_PREFIX}{step:06d}"
     partial = root / (final.name + PARTIAL_SUFFIX)
@@ -55,12 +62,14 @@ def save(root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int
     meta = {
         "step": step,
         "updates": policy.updates,
-        "model": dataclasses.asdict(policy.config.model),
+        **_model_meta(policy),
         "layout": _layout(policy),
         "state": state,
     }
 
     def publish() -> None:
+        if batches:
+            torch.save(list(batches), partial / _BATCHES_FILE)
         _publish(partial, final, meta)
         # A run that went back to an older checkpoint has left the newer ones behind: they are not its future.
         stale = [path for path in list_checkpoints(root) if step_of(path) > step]
@@ -97,12 +106,28 @@ def load(path: Path, policy: Policy) -> tuple[int, dict[str, Any]]:
     return meta["step"], meta["state"]
 
 
+def load_batches(path: Path) -> list[Batch]:
+    """The batches that had been sampled ahead when the checkpoint was written.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    file = path / _BATCHES_FILE
+    if not file.is_file():
+        return []
+    try:
+        return torch.load(file, weights_only=False)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read {file}: {reason}; resume from an older checkpoint") from None
+
+
 def save_weights(path: Path, policy: Policy) -> None:
     """Write the model alone, atomically. Collective."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     _on_rank_0(lambda: _fresh_folder(partial))
     dist_checkpointing.save(_sharded_state(policy, with_optimizer=False), str(partial))
-    meta = {"model": dataclasses.asdict(policy.config.model)}
+    meta = _model_meta(policy)
 
     dist.barrier()
     _on_rank_0(lambda: _publish(partial, path, meta))
@@ -117,16 +142,37 @@ def load_weights(path: Path, policy: Policy) -> None:
     policy.optimizer.reload_model_params()
 
 
+def _model_meta(policy: Policy) -> dict[str, Any]:
+    """What tells whether a checkpoint is of the same model."""
+    meta: dict[str, Any] = {"model": dataclasses.asdict(policy.config.model)}
+    if policy.config.model.hf_path:
+        from megatron_aspo.policy import hf  # takes seconds to import, but has been by now
+
+        meta["hf_config"] = hf.read_config(policy.config.model.hf_path)
+    return meta
+
+
 def _meta_of_same_model(path: Path, policy: Policy) -> dict[str, Any]:
     meta = read_meta(path)
-    ours = dataclasses.asdict(policy.config.model)
+    current = _model_meta(policy)
     # What an older version did not know yet had its default.
-    theirs = dataclasses.asdict(ModelConfig()) | meta["model"]
-    different = [key for key in ours if theirs[key] != ours[key] and key not in _TRAINING_SETTINGS]
+    theirs, ours = dataclasses.asdict(ModelConfig()) | meta["model"], current["model"]
+    if theirs["hf_path"] and ours["hf_path"]:
+        if "hf_config" in meta:  # a folder may move: what counts is what its config.json says
+            theirs, ours = (
+                {**m, **c, "hf_path": ""} for m, c in ((theirs, meta["hf_config"]), (ours, current["hf_config"]))
+            )
+        else:
+            theirs, ours = (model | {"hf_path": os.path.realpath(model["hf_path"])} for model in (theirs, ours))
+    different = [
+        key
+        for key in sorted(ours.keys() | theirs.keys())
+        if theirs.get(key) != ours.get(key) and key not in _TRAINING_SETTINGS
+    ]
     if different:
         raise UserError(
-            f"{path} was written by another model: {', '.join(f'{k}={theirs[k]}' for k in different)}, "
-            f"here {', '.join(f'{k}={ours[k]}' for k in different)}; use its configuration or another run name"
+            f"{path} was written by another model: {', '.join(f'{k}={theirs.get(k)}' for k in different)}, "
+            f"here {', '.join(f'{k}={ours.get(k)}' for k in different)}; use its configuration or another run name"
         )
     return meta
 

@@ -53,6 +53,7 @@ _TRANSFORMER_FIELDS = (
 )
 _EXPERT_FIELDS = ("moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax")
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+_NO_COMPUTATION = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer, but no index of weights
 
 
@@ -113,6 +114,12 @@ def _bridge(path: str) -> Any:
     if names[0] not in ARCHITECTURES:
         raise UserError(f"model.hf_path={path} is a {names[0]}, which is not supported; {', '.join(ARCHITECTURES)} are")
     return AutoBridge.from_hf_pretrained(path)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """What config.json says of the model's computations: plain values, without notes on where it came from."""
+    config = json.loads(_bridge(path).hf_pretrained.config.to_json_string(use_diff=False))
+    return {name: value for name, value in config.items() if name not in _NO_COMPUTATION}
 
 
 def read_architecture(config: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> Architecture:

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_aspo import accelerators
-from megatron_aspo.config import ModelConfig, ParallelConfig
+from megatron_aspo.config import RMS_NORM_EPSILON, ModelConfig, ParallelConfig
 from megatron_aspo.errors import UserError
 from megatron_aspo.fp8 import Fp8Config, check_fp8_device, check_fp8_layout
 from megatron_aspo.policy import cpu, fp8_emulation
@@ -184,6 +184,7 @@ def _architecture(config: ModelConfig) -> Architecture:
             "num_attention_heads": config.num_attention_heads,
             "num_query_groups": config.num_query_groups,
             "init_method_std": config.init_std,
+            "layernorm_epsilon": RMS_NORM_EPSILON,
             "num_moe_experts": config.num_experts or None,
             **(experts if config.num_experts else {}),
         },

@@ -12,6 +12,7 @@ from megatron_aspo.errors import UserError
 from megatron_aspo.types import Prompt, Sample
 
 if TYPE_CHECKING:
+    from megatron_aspo.channel import Channel
     from megatron_aspo.policy.trainer import Policy
     from megatron_aspo.tokenizer import Tokenizer
 
@@ -67,12 +68,19 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def build_engine(policy: Policy, config: RolloutConfig, tokenizer: Tokenizer, seed: int) -> RolloutEngine:
-    """The configured engine. One that has weights of its own needs a `refit` before it samples."""
-    if config.engine == "vllm":
-        from megatron_aspo.rollout.vllm import VllmEngine
+def build_engine(
+    policy: Policy, config: RolloutConfig, tokenizer: Tokenizer, seed: int, channel: Channel | None = None
+) -> RolloutEngine:
+    """The configured engine, at the other end of `channel` if that is given. One that has weights of its own needs a
+    `refit` before it samples."""
+    if channel is not None:
+        from megatron_aspo.rollout.remote import RemoteEngine
 
-        return VllmEngine(policy, config, tokenizer, seed)
+        return RemoteEngine(policy, config, channel)
+    if config.engine == "vllm":
+        from megatron_aspo.rollout.vllm import PolicyWeights, VllmEngine
+
+        return VllmEngine(PolicyWeights(policy), policy.config.model, config, tokenizer, seed)
     from megatron_aspo.rollout.megatron import EmbeddedEngine
 
     return EmbeddedEngine(policy, config, tokenizer, seed)

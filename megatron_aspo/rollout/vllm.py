@@ -1,8 +1,9 @@
-"""vLLM as the rollout engine, in the same ranks as the trainer. Everything that depends on vLLM's version is here.
+"""vLLM as the rollout engine. Everything that depends on vLLM's version is here.
 
-Every rank builds its part of vLLM beside its part of the policy (`external_launcher`): `rollout.tensor` consecutive
-ranks are one replica, and the replicas share the requests. Tokens go in and tokens come out; vLLM never sees a
-tokenizer. Its weights come from the policy alone, by `refit`, so it starts with random ones.
+Every rank of the default process group builds its part of vLLM (`external_launcher`), beside its part of the policy or
+in a rank of its own (`remote`): `rollout.tensor` consecutive ranks are one replica, and the replicas share the
+requests. Tokens go in and tokens come out; vLLM never sees a tokenizer. Its weights come from the policy alone, by
+`refit`, so it starts with random ones.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_aspo.config import RolloutConfig
+from megatron_aspo.config import RMS_NORM_EPSILON, ModelConfig, RolloutConfig
 from megatron_aspo.errors import RunError, UserError
 from megatron_aspo.policy import cpu
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rollout.stops import Stops
 from megatron_aspo.tokenizer import Tokenizer
 from megatron_aspo.types import Prompt, Sample
-from megatron_aspo.weight_sync import SyncReport, Weight, WeightSync, WeightSyncError
+from megatron_aspo.weight_sync import SyncReport, Weight, WeightSource, WeightSync, WeightSyncError
 
 _BACKEND = "megatron_aspo"
 
@@ -55,21 +56,23 @@ class VllmEngine:
         last_sync: what the last `refit` did.
     """
 
-    def __init__(self, policy: Policy, config: RolloutConfig, tokenizer: Tokenizer, seed: int) -> None:
-        self.policy = policy
+    def __init__(
+        self, source: WeightSource, model: ModelConfig, config: RolloutConfig, tokenizer: Tokenizer, seed: int
+    ) -> None:
+        self.source = source
         self.config = config
         self.tokenizer = tokenizer
         self.seed = seed
         self.weight_version: int | None = None
         self.last_sync: SyncReport | None = None
-        self._on_gpu = policy.device.type == "cuda"
+        self._on_gpu = torch.cuda.is_available()
         self._asleep = False
         self._sync = WeightSync(config.refit_bucket_mb << 20, config.refit_checksum)
         self._replica, self._rank_in_replica = divmod(dist.get_rank(), config.tensor)
         self._replicas = dist.get_world_size() // config.tensor
         self._stops = Stops(tokenizer, config.stop)
         with _in_vllm("starting"):
-            self._llm = _start(policy, config, seed)
+            self._llm = _start(model, tokenizer.vocab_size, config, seed)
 
     def generate(
         self, prompts: Sequence[Prompt], responses_per_prompt: int, temperature: float, first_group: int = 0
@@ -82,9 +85,9 @@ class VllmEngine:
             WeightSyncError: the policy was updated since the last `refit`.
             RunError: vLLM failed.
         """
-        if self.weight_version != self.policy.updates:
+        if self.weight_version != self.source.version:
             raise WeightSyncError(
-                f"vLLM has the weights of update {self.weight_version}, the policy those of {self.policy.updates}: "
+                f"vLLM has the weights of update {self.weight_version}, the policy those of {self.source.version}: "
                 "refit was not called"
             )
         version = self._llm.llm_engine.get_weight_version()
@@ -111,13 +114,13 @@ class VllmEngine:
         Raises:
             WeightSyncError: see `WeightSync.run`; or vLLM has a parameter that no tensor was for.
         """
-        if self._asleep:
-            self._llm.wake_up(tags=["weights"])
-        version = self.policy.updates
+        version = self.source.version
         self.weight_version = None
         with _in_vllm("taking weights"):
+            if self._asleep:
+                self._llm.wake_up(tags=["weights"])
             self._llm.start_weight_update()
-        self.last_sync = self._sync.run(_export(self.policy), self._load)
+        self.last_sync = self._sync.run(self.source.weights(), self._load)
         with _in_vllm("taking weights"):
             self._llm.finish_weight_update(weight_version=str(version))
             if self._asleep:
@@ -128,7 +131,8 @@ class VllmEngine:
     def sleep(self) -> None:
         """Free vLLM's key-value cache, and its weights at `sleep_level` 2, until the next `refit`. Nothing on a CPU."""
         if self._on_gpu and self.config.sleep_level:
-            self._llm.sleep(level=self.config.sleep_level)
+            with _in_vllm("going to sleep"):
+                self._llm.sleep(level=self.config.sleep_level)
             self._asleep = True
             self.weight_version = None
 
@@ -182,7 +186,7 @@ class VllmEngine:
             group=request.group,
             token_ids=token_ids,
             finish_reason="stop" if self._stops.ended(token_ids) else "length",
-            weight_version=self.policy.updates,
+            weight_version=self.source.version,
             rollout_logprobs=np.array(logprobs, dtype=np.float32),
             text=self.tokenizer.decode(token_ids),
         )
@@ -196,35 +200,36 @@ class VllmEngine:
         return parts[:: self.config.tensor]
 
 
-def _start(policy: Policy, config: RolloutConfig, seed: int) -> Any:
+def _start(model: ModelConfig, vocab_size: int, config: RolloutConfig, seed: int) -> Any:
     """vLLM with random weights."""
-    _prepare_environment(policy.device.type == "cpu")
+    on_cpu = not torch.cuda.is_available()
+    _prepare_environment(on_cpu)
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
-    _register_transfer(policy.device.type == "cpu")
-    if policy.device.type == "cpu":
+    _register_transfer(on_cpu)
+    if on_cpu:
         if config.quantization != "none":
             raise UserError(f"rollout.quantization={config.quantization} needs a GPU; set rollout.quantization=none")
-        _check_head_size(policy.model.config.kv_channels)
+        _check_head_size(_head_size(model))
         _name_shared_memory()
     with tempfile.TemporaryDirectory() as folder:
         try:
             llm = LLM(
-                model=_model_folder(policy, Path(folder)),
+                model=_model_folder(model, vocab_size, Path(folder)),
                 load_format="dummy",
                 skip_tokenizer_init=True,
-                dtype=policy.config.model.dtype,
+                dtype=model.dtype,
                 quantization="fp8_per_tensor" if config.quantization == "fp8" else None,
-                max_model_len=policy.config.model.max_sequence_length,
+                max_model_len=model.max_sequence_length,
                 max_num_seqs=config.batch_size,
                 kv_cache_memory_bytes=int(config.kv_cache_gb * (1 << 30)),
                 tensor_parallel_size=config.tensor,
                 distributed_executor_backend="external_launcher",
-                enforce_eager=policy.device.type == "cpu",
+                enforce_eager=on_cpu,
                 # A prompt that is read in two parts draws a random number too many, and on a CPU vLLM fails there.
-                enable_chunked_prefill=policy.device.type != "cpu",
-                enable_sleep_mode=policy.device.type == "cuda" and config.sleep_level > 0,
+                enable_chunked_prefill=not on_cpu,
+                enable_sleep_mode=not on_cpu and config.sleep_level > 0 and not config.ranks,
                 logprobs_mode="processed_logprobs",
                 seed=seed,
                 weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
@@ -353,17 +358,25 @@ def _in_vllm(doing: str) -> Iterator[None]:
         raise RunError(f"vLLM failed while {doing}: {type(error).__name__}: {reason}") from error
 
 
-def _model_folder(policy: Policy, folder: Path) -> str:
+def _model_folder(model: ModelConfig, vocab_size: int, folder: Path) -> str:
     """Where the model's config.json is: a folder, or a hub id."""
-    if policy.config.model.hf_path:
-        return policy.config.model.hf_path
-    (folder / "config.json").write_text(json.dumps(_llama_config(policy)))
+    if model.hf_path:
+        return model.hf_path
+    (folder / "config.json").write_text(json.dumps(_llama_config(model, vocab_size)))
     return str(folder)
 
 
-def _llama_config(policy: Policy) -> dict[str, Any]:
+def _head_size(model: ModelConfig) -> int:
+    if not model.hf_path:
+        return model.hidden_size // model.num_attention_heads
+    from transformers import AutoConfig
+
+    hf: Any = AutoConfig.from_pretrained(model.hf_path)
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def _llama_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """How Hugging Face would describe a model of ours that starts from random weights."""
-    model = policy.config.model
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -374,21 +387,32 @@ def _llama_config(policy: Policy) -> dict[str, Any]:
         "num_key_value_heads": model.num_query_groups,
         "max_position_embeddings": model.max_sequence_length,
         "rope_theta": model.rotary_base,
-        "rms_norm_eps": policy.model.config.layernorm_epsilon,
+        "rms_norm_eps": RMS_NORM_EPSILON,
         "tie_word_embeddings": model.tie_embeddings,
-        "vocab_size": policy.vocab_size,
+        "vocab_size": vocab_size,
     }
 
 
-def _export(policy: Policy) -> Iterator[Weight]:
-    """The whole policy, tensor by tensor. Collective."""
-    from megatron_aspo.policy import hf  # takes seconds to import
+class PolicyWeights:
+    """The weights of the policy in these ranks, under Hugging Face's names."""
 
-    if policy.config.model.hf_path:
-        yield from hf.export_weights(policy)
-        return
-    from transformers import LlamaConfig
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
 
-    bridge = hf.AutoBridge.from_hf_config(LlamaConfig(**_llama_config(policy)))
-    for name, tensor in bridge.export_hf_weights([policy.model.module], show_progress=False):
-        yield name, tensor.detach()
+    @property
+    def version(self) -> int:
+        return self.policy.updates
+
+    def weights(self) -> Iterator[Weight]:
+        """Every tensor whole on every rank; it may be a parameter's own memory. Collective."""
+        from megatron_aspo.policy import hf  # takes seconds to import
+
+        model = self.policy.config.model
+        if model.hf_path:
+            yield from hf.export_weights(self.policy)
+            return
+        from transformers import LlamaConfig
+
+        bridge = hf.AutoBridge.from_hf_config(LlamaConfig(**_llama_config(model, self.policy.vocab_size)))
+        for name, tensor in bridge.export_hf_weights([self.policy.model.module], show_progress=False):
+            yield name, tensor.detach()

@@ -8,23 +8,23 @@ import signal
 import sys
 from typing import Any
 
-from megatron_aspo import train
+from megatron_aspo import sampling, train
 
 FAILURE = "DefaultCPUAllocator: can't allocate memory\n  in a frame of its own"
 
 
 def main(how: str, step: int, arguments: list[str]) -> int:
     rollouts = 0
-    sample_groups = train.sample_groups
+    sample_batch = sampling.sample_batch
 
     def counted(*args: Any) -> Any:
         nonlocal rollouts
         rollouts += 1
         if rollouts == step and os.environ["RANK"] == "1":
             fail_at_the_third_forward_pass(how)
-        return sample_groups(*args)
+        return sample_batch(*args)
 
-    train.sample_groups = counted
+    sampling.sample_batch = counted
     return train.main(arguments)
 
 

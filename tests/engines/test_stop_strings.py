@@ -14,7 +14,7 @@ from megatron_aspo.distributed import distributed
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rollout.megatron import EmbeddedEngine
 from megatron_aspo.rollout.stops import Stops
-from megatron_aspo.rollout.vllm import VllmEngine
+from megatron_aspo.rollout.vllm import PolicyWeights, VllmEngine
 from megatron_aspo.types import Prompt, Sample
 
 pytestmark = pytest.mark.engines
@@ -62,13 +62,16 @@ def with_and_without(config: RunConfig) -> dict[str, list[list[Sample]]]:
     with distributed(config):
         policy = Policy(config, VOCAB)
         found: dict[str, list[list[Sample]]] = {}
-        for kind in (VllmEngine, EmbeddedEngine):
-            engine = kind(policy, config.rollout, Syllables(), seed=1)
+        engines = (
+            VllmEngine(PolicyWeights(policy), config.model, config.rollout, Syllables(), seed=1),
+            EmbeddedEngine(policy, config.rollout, Syllables(), seed=1),
+        )
+        for engine in engines:
             engine.refit()
             free = engine.generate(prompts, 1, 0.0), engine.generate(prompts, 4, 1.0)
             engine._stops = Stops(Syllables(), STRINGS)  # vLLM takes seconds to start
             cut = engine.generate(prompts, 1, 0.0), engine.generate(prompts, 4, 1.0)
-            found[kind.__name__] = [*free, *cut]
+            found[type(engine).__name__] = [*free, *cut]
         return found
 
 
@@ -98,7 +101,7 @@ def steps_until_done(config: RunConfig) -> tuple[list[int], int]:
     """Lengths of responses that end at a stop string early, and the steps vLLM took for them."""
     with distributed(config):
         policy = Policy(config, VOCAB)
-        engine = VllmEngine(policy, config.rollout, Syllables(), seed=1)
+        engine = VllmEngine(PolicyWeights(policy), config.model, config.rollout, Syllables(), seed=1)
         engine.refit()
         steps = 0
         llm_engine = engine._llm.llm_engine

@@ -31,7 +31,7 @@ from megatron_aspo.mismatch import measure_mismatch
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
 from megatron_aspo.rollout.engine import build_engine
 from megatron_aspo.rollout.megatron import EmbeddedEngine
-from megatron_aspo.rollout.vllm import VllmEngine
+from megatron_aspo.rollout.vllm import PolicyWeights, VllmEngine
 from megatron_aspo.tokenizer import AsciiTokenizer
 from megatron_aspo.train import train
 from megatron_aspo.types import Prompt, Sample
@@ -216,7 +216,7 @@ def sample_from_the_top(config: RunConfig) -> list[Sample]:
     """64 responses a prompt, from the top 3."""
     with distributed(config):
         policy = Policy(config, VOCAB)
-        engine = VllmEngine(policy, config.rollout, AsciiTokenizer(), seed=1)
+        engine = VllmEngine(PolicyWeights(policy), config.model, config.rollout, AsciiTokenizer(), seed=1)
         engine.refit()
         return engine.generate(make_prompts(4), 64, 1.0)
 

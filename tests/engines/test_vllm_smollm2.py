@@ -22,7 +22,7 @@ from megatron_aspo.config import (
 from megatron_aspo.distributed import distributed
 from megatron_aspo.policy.hf import export_weights
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics
-from megatron_aspo.rollout.vllm import VllmEngine
+from megatron_aspo.rollout.vllm import PolicyWeights, VllmEngine
 from megatron_aspo.tokenizer import HuggingFaceTokenizer
 from megatron_aspo.types import Prompt
 from megatron_aspo.weight_sync import WeightSyncError
@@ -51,7 +51,7 @@ def three_verdicts(config: RunConfig) -> dict[str, Any]:
         tokenizer = HuggingFaceTokenizer(config.model.hf_path, chat_template=True)
         prompts = [Prompt(i, text, tokenizer.encode_prompt(text), {}) for i, text in enumerate(QUESTIONS)]
         policy = Policy(config, tokenizer.vocab_size)
-        engine = VllmEngine(policy, config.rollout, tokenizer, seed=1)
+        engine = VllmEngine(PolicyWeights(policy), config.model, config.rollout, tokenizer, seed=1)
         engine.refit()
         found: dict[str, Any] = {"fresh": check_rollout(policy, engine, prompts, config)}
         samples = engine.generate(prompts[:2], 2, 1.0)
@@ -102,7 +102,7 @@ def seconds_of_refits(config: RunConfig) -> dict[str, float]:
     with distributed(config):
         tokenizer = HuggingFaceTokenizer(config.model.hf_path)
         policy = Policy(config, tokenizer.vocab_size)
-        engine = VllmEngine(policy, config.rollout, tokenizer, seed=1)
+        engine = VllmEngine(PolicyWeights(policy), config.model, config.rollout, tokenizer, seed=1)
         engine.refit()
         assert engine.last_sync is not None
         assert torch.get_num_threads() == 1

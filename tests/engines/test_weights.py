@@ -228,6 +228,45 @@ def test_a_checkpoint_is_resumed_where_the_vocabulary_is_padded_otherwise(tiny: 
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
+def loaded_from(checkpoint_folder: Path, folders: list[str]) -> list[str]:
+    """For each folder that the model is said to come from, "" or why a checkpoint is refused."""
+    found: list[str] = []
+    with distributed(config_of(Path(folders[0]), ParallelConfig())):
+        for folder in folders:
+            config = run_config(model=ModelConfig(hf_path=folder, max_sequence_length=64))
+            with policy_of(config) as policy:
+                try:
+                    checkpoint.load(checkpoint_folder, policy)
+                    found.append("")
+                except UserError as error:
+                    found.append(str(error))
+    return found
+
+
+def test_a_model_may_move_between_checkpoint_and_resume(tmp_path: Path) -> None:
+    source = write_model("llama", tmp_path / "here")
+    run(1, trained, source, ParallelConfig(), tmp_path)
+    moved = source.rename(tmp_path / "there")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").symlink_to(moved / "model.safetensors")
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    (other / "config.json").write_text(json.dumps(json.loads((moved / "config.json").read_text()) | rope))
+    saved = tmp_path / "step_000002"
+    same, slash, changed = run(1, loaded_from, saved, [str(moved), f"{moved}/", str(other)])[0]
+    assert same == slash == ""
+    assert "was written by another model: rope_parameters={" in changed
+    assert "'rope_theta': 10000.0" in changed
+    assert "'rope_theta': 500000.0" in changed
+    meta = json.loads((saved / "meta.json").read_text())
+    del meta["hf_config"]  # as older versions wrote it
+    (saved / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "here").symlink_to(moved)
+    same, slash, changed = run(1, loaded_from, saved, [str(moved), f"{tmp_path}/here/", str(other)])[0]
+    assert same == slash == ""
+    assert f"hf_path={moved}, here hf_path={other}" in changed
+
+
 def refusals(folders: list[Path], parallel: ParallelConfig, settings: dict[str, Any]) -> list[str]:
     """What building a policy from each folder is refused with."""
     messages: list[str] = []

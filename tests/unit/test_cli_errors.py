@@ -92,6 +92,11 @@ def test_the_guard_works() -> None:
         ("rollout.engine=vlm", "rollout.engine='vlm'", "did you mean vllm?"),
         ("rollout.top_k=5", "rollout: top_k=5 is for vLLM", "set rollout.engine=vllm"),
         ("rollout.tensor=2", "rollout: tensor=2 is for vLLM", "set rollout.engine=vllm"),
+        ("rollout.ranks=2", "rollout: ranks=2 is for vLLM", "set rollout.engine=vllm"),
+        ("rollout.ranks=-1", "rollout: ranks=-1", ">= 0"),
+        ("rollout={engine: vllm, ranks: 3, tensor: 2}", "rollout: ranks=3", "make it a multiple"),
+        ("rollout={engine: vllm, max_staleness: 1}", "rollout: max_staleness=1 needs ranks", "set rollout.ranks"),
+        ("rollout.max_staleness=-1", "rollout: max_staleness=-1", ">= 0"),
         ("rollout.refit_bucket_mb=0", "rollout: refit_bucket_mb=0", "> 0"),
         ("rollout.sleep_level=3", "rollout: sleep_level=3", "0, 1 or 2"),
         ("rollout.responses_per_prompt=1", "rollout: responses_per_prompt=1", ">= 2"),
@@ -225,6 +230,16 @@ def test_files(capsys: pytest.CaptureFixture[str], folder: Path, content: str | 
             "train run.yaml rollout.engine=vllm rollout.tensor=2 --nproc 3",
             "3 rank(s) cannot be parted into replicas of rollout.tensor=2 ranks; start a multiple of them",
         ),
+        (
+            "train run.yaml rollout.engine=vllm rollout.ranks=2 parallel.tensor=2 --nproc 2",
+            "2 rank(s) are too few for rollout.ranks=2 that only generate and 2 that train; start 2 ranks more than a "
+            "multiple of 2",
+        ),
+        (
+            "train run.yaml rollout.engine=vllm rollout.ranks=2 parallel.tensor=2 --nproc 5",
+            "3 training rank(s) (5 less rollout.ranks=2) cannot hold parallel.tensor=2 x parallel.pipeline=1 x "
+            "parallel.context=1 with parallel.expert=1; start 2 ranks more than a multiple of 2",
+        ),
         ("train run.yaml rollout.engine=vllm model.num_experts=4", "from model.hf_path only; name one, or"),
         ("train run.yaml parallel.expert=2 model.num_experts=3", "model.num_experts=3 cannot be spread over"),
         (
@@ -275,6 +290,11 @@ def test_good_arguments_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "meta.json").write_text('{"step": 3, "model": {}}')
     assert cli.main(["eval", "run.yaml", "--nproc", "2", "--checkpoint", "c"]) == 5
+    apart = ["parallel.tensor=2", "rollout.engine=vllm", "rollout.ranks=1"]
+    assert cli.main(["train", "run.yaml", *apart, "--resume", "auto"]) == 5
+    assert cli.main(["eval", "run.yaml", *apart, "--checkpoint", "c"]) == 5  # which has no use for such ranks
+    assert calls.pop(3) == ("megatron_aspo.train", ["run.yaml", *apart, "--resume", "auto"], 3)
+    assert calls.pop(3) == ("megatron_aspo.evaluation", ["run.yaml", *apart, "--checkpoint", "c"], 2)
     assert calls == [
         ("megatron_aspo.train", ["run.yaml", "parallel.tensor=2", "seed=3", "--resume", "auto"], 2),
         ("megatron_aspo.train", ["run.yaml", "parallel.tensor=2", "seed=4", "--resume", "auto"], 2),

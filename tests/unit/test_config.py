@@ -170,6 +170,15 @@ def test_inert_warning(path: Path, prompts: int, mini: int, epochs: int, updates
         assert "train.epochs" in warnings[0]
 
 
+def test_staleness_warning(path: Path) -> None:
+    stale = ["rollout.engine=vllm", "rollout.ranks=1", "rollout.max_staleness=1"]
+    (warning,) = config_warnings(load_config(path, stale))
+    assert "rollout.max_staleness=1" in warning
+    assert "loss.rollout_correction=none" in warning
+    assert config_warnings(load_config(path, [*stale, "loss.rollout_correction=truncate"])) == []
+    assert config_warnings(load_config(path, stale[:2])) == []  # ranks of their own are not stale yet
+
+
 def test_truncated_sampling_warning(path: Path) -> None:
     (warning,) = config_warnings(load_config(path, ["rollout.top_p=0.9"]))
     assert "rollout.top_p=0.9" in warning

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from megatron_aspo.config import ParallelConfig, RunConfig, load_config
+from megatron_aspo.check_rollout import likely_causes
+from megatron_aspo.config import (
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    config_warnings,
+    load_config,
+)
 from megatron_aspo.errors import UserError
 from megatron_aspo.fp8 import Fp8Config, check_fp8_device, check_fp8_layout, stream_multiple
 from megatron_aspo.packing import pack
@@ -172,3 +180,30 @@ def test_an_emulation_is_for_a_cpu() -> None:
     check_fp8_device(emulation, None, (13, 0))
     with pytest.raises(UserError, match="for a CPU"):
         check_fp8_device(emulation, BLACKWELL, (13, 0))
+
+
+def test_delayed_scaling_is_warned_of(path: Path) -> None:
+    inert = len(config_warnings(load_config(path)))
+    (*_, warning) = config_warnings(load_config(path, ["fp8.recipe=delayed", "fp8.emulate=true"]))
+    assert "the first importance ratios are not 1" in warning
+    assert len(config_warnings(load_config(path, ["fp8.recipe=mxfp8", "fp8.emulate=true"]))) == inert
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "sound"),
+    [
+        ({}, 0.01, False),
+        ({"model": ModelConfig(dtype="bfloat16")}, 0.05, True),
+        ({"model": ModelConfig(dtype="bfloat16")}, 0.2, False),
+        ({"model": ModelConfig(dtype="bfloat16"), "fp8": Fp8Config(recipe="current", emulate=True)}, 0.28, True),
+        ({"model": ModelConfig(dtype="bfloat16"), "fp8": Fp8Config(recipe="current", emulate=True)}, 0.4, False),
+        ({"rollout": RolloutConfig(engine="vllm", quantization="fp8")}, 0.2, True),
+    ],
+)
+def test_what_a_check_of_the_sampler_takes_for_rounding(settings: dict[str, Any], mean: float, sound: bool) -> None:
+    config = RunConfig(name="test", **settings)
+    numbers = {"logprob_diff": mean, "kl": mean**2 / 2, "outside": 0.04}
+    causes = likely_causes(numbers, numbers, config)
+    assert causes[0].startswith("stale weights") == sound  # that is: with these numbers nothing is left to explain
+    if not sound and config.fp8.recipe:
+        assert causes[0].startswith("FP8: trainer and sampler round differently")
