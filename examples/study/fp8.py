@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from reasoning_gym import create_dataset
 from torch import Tensor
 
@@ -144,6 +145,7 @@ def study(policy: Policy, samples: list[Sample], steps: tuple[float, ...]) -> di
 
 def run(config: RunConfig, problems: int, steps: tuple[float, ...]) -> dict[str, Any]:
     with distributed(config):
+        parallel_state.destroy_model_parallel()  # of the model before
         policy = Policy(config, load_tokenizer(config).vocab_size)
         if config.warmup.updates:
             warm_up(policy, config, Journal(config, [], None, is_rank_0=False))
