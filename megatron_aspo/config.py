@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_aspo.errors import UserError
+from megatron_aspo.fp8 import Fp8Config, check_fp8_layout, stream_multiple
 
 Objective = Literal["aspo", "grpo", "no_is", "response_mean_is", "cispo", "gspo", "sapo"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
@@ -254,8 +255,8 @@ class ParallelConfig:
 
     @property
     def stream_multiple(self) -> int:
-        """What a packed stream's length must be a multiple of: its context-parallel parts are pairs of chunks, and
-        under sequence parallelism every part is spread evenly over the tensor-parallel ranks."""
+        """What a packed stream's length must be a multiple of, for the layout's sake: its context-parallel parts are
+        pairs of chunks, and under sequence parallelism every part is spread evenly over the tensor-parallel ranks."""
         share = self.tensor if self.sequence_parallel else 1
         return math.lcm(2 * self.context, share * self.context) if self.context > 1 else share
 
@@ -318,6 +319,8 @@ class RolloutConfig:
         refit_bucket_mb: MiB of weights that travel at once from the policy to vLLM.
         refit_checksum: compare checksums of the weights at every refit: over all ranks, between the two sides of a
             channel, and with vLLM's own copies where these are not packed or split.
+        quantization: "fp8" has vLLM's linear layers in FP8, one scale a tensor, made anew at each refit. On a GPU
+            only.
         ranks: how many of the launcher's ranks, its last ones, only generate; the others train. 0: all ranks do both in
             turn.
         max_staleness: with `ranks`, how many batches are generated ahead while the policy is trained. The batch of step
@@ -340,6 +343,7 @@ class RolloutConfig:
     sleep_level: int = 2
     refit_bucket_mb: int = 512
     refit_checksum: bool = False
+    quantization: Literal["none", "fp8"] = "none"
     ranks: int = 0
     max_staleness: int = 0
 
@@ -350,7 +354,7 @@ class RolloutConfig:
         _require(self.top_k >= 0, f"top_k={self.top_k} must be >= 0 (0 is all tokens)")
         _require(self.ranks >= 0, f"ranks={self.ranks} must be >= 0 (0: no ranks that only generate)")
         _require(self.max_staleness >= 0, f"max_staleness={self.max_staleness} must be >= 0")
-        for name, off in (("top_k", 0), ("tensor", 1), ("ranks", 0)):
+        for name, off in (("top_k", 0), ("tensor", 1), ("ranks", 0), ("quantization", "none")):
             _require(
                 self.engine == "vllm" or getattr(self, name) == off,
                 f"{name}={getattr(self, name)} is for vLLM; set rollout.engine=vllm, or {name}={off}",
@@ -555,6 +559,7 @@ class RunConfig:
     output_dir: str = "runs"
     seed: int = 1
     model: ModelConfig = field(default_factory=ModelConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -576,6 +581,11 @@ class RunConfig:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
+
+    @property
+    def stream_multiple(self) -> int:
+        """What a packed stream's length is padded to a multiple of."""
+        return stream_multiple(self.fp8, self.parallel)
 
     @property
     def updates_per_step(self) -> int:
@@ -627,6 +637,11 @@ def config_warnings(config: RunConfig) -> list[str]:
             f"{config.loss.objective.upper()} is inert: one optimizer update per rollout batch, so every "
             "importance ratio is 1 and all objectives have the same gradient; lower "
             "train.mini_batch_prompts or raise train.epochs"
+        )
+    if config.fp8.recipe == "delayed":
+        warnings.append(
+            "fp8.recipe=delayed scales by earlier passes: old log-probs and the update's passes differ, and the first "
+            "importance ratios are not 1; current, blockwise and mxfp8 reproduce them"
         )
     for name, value, off in (("top_p", config.rollout.top_p, 1), ("top_k", config.rollout.top_k, 0)):
         if value != off:
@@ -779,7 +794,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"{path}={value!r} should be a section with fields of its own")
         return _from_mapping(typing.cast("type[Any]", hint), typing.cast("Mapping[str, Any]", value), f"{path}.")
-    if origin is types.UnionType:  # the only unions here are `X | None`
+    if origin in (types.UnionType, typing.Union):  # the only unions here are `X | None`
         return None if value is None else _convert(arguments[0], value, path)
     if origin is Literal:
         if value not in arguments:
@@ -817,11 +832,30 @@ def _fill_dependent(config: RunConfig) -> RunConfig:
     return config
 
 
+def _check_fp8_run(config: RunConfig) -> None:
+    """What FP8 on a GPU asks of the other sections."""
+    if config.model.dtype != "bfloat16":
+        raise UserError(f"fp8.recipe={config.fp8.recipe} needs model.dtype=bfloat16; set it, or fp8.emulate=true")
+    if config.rollout.engine == "megatron":
+        raise UserError(
+            f"rollout.engine=megatron decodes as many tokens as there are responses, which fp8.recipe="
+            f"{config.fp8.recipe} does not take; set rollout.engine=vllm"
+        )
+
+
 def _check_together(config: RunConfig) -> None:
     """What depends on several fields at once."""
     model, parallel, rollout, train = config.model, config.parallel, config.rollout, config.train
     if not model.hf_path:
-        check_layout({what: getattr(model, what) or 0 for what in _LAID_OUT}, parallel, "model.")
+        sizes = {what: getattr(model, what) or 0 for what in _LAID_OUT}
+        check_layout(sizes, parallel, "model.")
+        head = model.hidden_size // model.num_attention_heads
+        shape = sizes | {"hidden_size": model.hidden_size, "kv_channels": head}
+        check_fp8_layout(shape | {"moe_ffn_hidden_size": model.expert_hidden_size}, config.fp8, parallel, "model.")
+    if config.fp8.recipe is not None and not config.fp8.emulate:
+        _check_fp8_run(config)
+    if config.fp8.recipe == "delayed" and config.fp8.emulate and model.num_experts:
+        raise UserError("fp8.recipe=delayed is not emulated for experts; take another recipe")
     if config.data.chat_template and not model.hf_path:
         raise UserError(
             "data.chat_template=true needs a tokenizer with a chat template, and the character tokenizer has none; "
@@ -851,7 +885,7 @@ def _check_together(config: RunConfig) -> None:
             f"rollout.max_response_tokens={rollout.max_response_tokens} leaves no room for a prompt in "
             f"model.max_sequence_length={model.max_sequence_length}; lower the first or raise the second"
         )
-    longest = math.ceil(model.max_sequence_length / parallel.stream_multiple) * parallel.stream_multiple
+    longest = math.ceil(model.max_sequence_length / config.stream_multiple) * config.stream_multiple
     if train.max_tokens_per_micro_batch < longest:
         raise UserError(
             f"train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} is less than {longest}, where "

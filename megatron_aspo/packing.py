@@ -36,7 +36,7 @@ def pack(
         samples: the whole mini-batch, in the same order on every rank.
         dp_rank, dp_size: which share to build.
         max_tokens: upper limit of a stream's length, before it is parted; a longer sample is an error.
-        multiple: every stream's length is padded to a multiple of it (`ParallelConfig.stream_multiple`).
+        multiple: every stream's length is padded to a multiple of it (`RunConfig.stream_multiple`).
         context_rank, context_size: which part of each stream to build; every sample is padded to a multiple of
             2 context_size, of which `multiple` must be one.
         one_per_row: give every sample a stream of its own instead of packing.

@@ -87,6 +87,8 @@ def cache_path(config: RunConfig) -> Path:
     """Keyed by everything that the warmed-up weights depend on but the layout."""
     what = {name: asdict(getattr(config, name)) for name in ("model", "data", "warmup")}
     what["seed"] = {"seed": config.seed}
+    if config.fp8.recipe is not None:
+        what["fp8"] = asdict(config.fp8)
     # The warm-up has its own learning rate and no weight decay; it learns the tempered distribution.
     what["optimizer"] = asdict(replace(config.optimizer, lr=config.warmup.lr, weight_decay=0.0))
     what["sampling"] = {"temperature": config.rollout.temperature}

@@ -145,7 +145,7 @@ def _recompute(config: RunConfig, _: Shape) -> tuple[str, RunConfig] | None:
 
 
 def _shorter_streams(config: RunConfig, _: Shape) -> tuple[str, RunConfig] | None:
-    multiple = config.parallel.stream_multiple
+    multiple = config.stream_multiple
     least = math.ceil(config.model.max_sequence_length / multiple) * multiple
     return _set(config, "train", max_tokens_per_micro_batch=least)
 

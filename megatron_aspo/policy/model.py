@@ -20,9 +20,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_aspo import accelerators
 from megatron_aspo.config import RMS_NORM_EPSILON, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aspo.errors import UserError
-from megatron_aspo.policy import cpu
+from megatron_aspo.fp8 import Fp8Config, check_fp8_device, check_fp8_layout
+from megatron_aspo.policy import cpu, fp8_emulation
 from megatron_aspo.types import MicroBatch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,8 +73,9 @@ def build_model(config: RunConfig, vocab_size: int) -> DistributedDataParallel:
     with rows of zeros that the caller gives no probability.
 
     Raises:
-        UserError: a vocabulary or shape that cannot be spread as `parallel` says; a folder of weights that cannot be
-            read, is of an unknown architecture, lacks a tensor or has one too many.
+        UserError: a vocabulary or shape that cannot be spread as `config.parallel` says or that
+            `config.fp8` does not take; no GPU that computes in it; a folder of weights that cannot be read, is of an unknown architecture, lacks a
+            tensor or has one too many.
     """
     needs_engine = sorted({"layernorm", "moe_act", "mla_up_proj"}.intersection(config.train.recompute_modules))
     if needs_engine and importlib.util.find_spec("transformer_engine") is None:
@@ -80,9 +83,12 @@ def build_model(config: RunConfig, vocab_size: int) -> DistributedDataParallel:
             f"train.recompute_modules={needs_engine} needs Transformer Engine in this Megatron-Core, which is not "
             "installed; recompute mlp or moe, or set train.recompute=full"
         )
+    check_fp8_device(config.fp8, *_cuda_versions())
     architecture = read_architecture(config, vocab_size)
-    model: torch.nn.Module = build_gpt(config, architecture, vocab_size)
-    transformer: TransformerConfig = model.config
+    check_fp8_layout(_sizes(architecture), config.fp8, config.parallel, "model.")
+    gpt = build_gpt(config, architecture, vocab_size)
+    model: torch.nn.Module = gpt
+    transformer: TransformerConfig = gpt.config
     if torch.cuda.is_available():
         model = model.cuda()
     if transformer.bf16:
@@ -91,12 +97,15 @@ def build_model(config: RunConfig, vocab_size: int) -> DistributedDataParallel:
         from megatron_aspo.policy import hf
 
         hf.load_weights(config.model.hf_path, model)
+    if config.fp8.emulate:
+        fp8_emulation.emulate(gpt, config.fp8)  # its state stays float32, so after the cast
     ddp = DistributedDataParallel(
         transformer,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
             overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            fp8_param_gather=config.fp8.params,
         ),
         model,
     )
@@ -149,15 +158,16 @@ def build_gpt(config: RunConfig, architecture: Architecture, vocab_size: int) ->
 
 
 def transformer_config(config: RunConfig, architecture: Architecture) -> TransformerConfig:
-    """Megatron's configuration. Fusions that need Transformer Engine or apex are off where there is no GPU."""
+    """Megatron's configuration. Fusions that need Transformer Engine or apex are off where they are not to be had."""
     on_gpu = torch.cuda.is_available()
     model, parallel = config.model, config.parallel
     dtype = _DTYPES[model.dtype]
     kind = MLATransformerConfig if architecture.transformer.get("multi_latent_attention") else TransformerConfig
-    experts = _expert_settings(model) if architecture.transformer["num_moe_experts"] else {}
+    experts = _expert_settings(model, config.fp8) if architecture.transformer["num_moe_experts"] else {}
     transformer = kind(
         **(experts | architecture.transformer),
         **_recompute_settings(config.train),
+        **_fp8_settings(config.fp8),
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -180,7 +190,7 @@ def transformer_config(config: RunConfig, architecture: Architecture) -> Transfo
         calculate_per_token_loss=True,
         bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=on_gpu and accelerators.fused_wgrad() is not None,
     )
     # Megatron-Bridge asks the configuration for it.
     setattr(transformer, "share_embeddings_and_output_weights", architecture.tie_embeddings)  # noqa: B010
@@ -220,8 +230,46 @@ def _architecture(config: ModelConfig) -> Architecture:
     )
 
 
-def _expert_settings(config: ModelConfig) -> dict[str, Any]:
+def _fp8_settings(fp8: Fp8Config) -> dict[str, Any]:
+    """None for an emulation, of which Megatron knows nothing: its own FP8 is Transformer Engine's. The output layer is
+    never in FP8 (`fp8_output_proj` stays off)."""
+    if fp8.recipe is None or fp8.emulate:
+        return {}
     return {
+        "fp8": fp8.format,
+        "fp8_recipe": fp8.mcore_recipe,
+        "fp8_param": fp8.params,
+        "fp8_margin": fp8.margin,
+        "fp8_amax_history_len": fp8.amax_history,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": fp8.bf16_layers > 0,
+        "num_layers_at_start_in_bf16": fp8.bf16_layers_at_start,
+        "num_layers_at_end_in_bf16": fp8.bf16_layers_at_end,
+    }
+
+
+def fp8_optimizer_settings(fp8: Fp8Config) -> dict[str, Any]:
+    """Of Megatron's optimizer, which casts float32 weights to FP8 ones if those are kept."""
+    return {} if fp8.recipe is None or fp8.emulate else {"fp8_recipe": fp8.mcore_recipe}
+
+
+def _cuda_versions() -> tuple[tuple[int, int] | None, tuple[int, int]]:
+    """The GPU's compute capability, if there is one, and the CUDA that torch was built for."""
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    return (torch.cuda.get_device_capability() if torch.cuda.is_available() else None), (int(major), int(minor))
+
+
+def _sizes(architecture: Architecture) -> dict[str, int]:
+    shape = architecture.transformer
+    head = shape.get("kv_channels") or shape["hidden_size"] // shape["num_attention_heads"]
+    experts = {"num_experts": shape["num_moe_experts"] or 0}
+    return {name: size for name, size in shape.items() if isinstance(size, int)} | {"kv_channels": head} | experts
+
+
+def _expert_settings(config: ModelConfig, fp8: Fp8Config) -> dict[str, Any]:
+    return {
+        # Each expert's tokens are filled up to what products in FP8 take.
+        "moe_router_padding_for_quantization": bool(_fp8_settings(fp8)),
         "moe_router_load_balancing_type": "aux_loss" if config.moe_aux_loss_coef else "none",
         "moe_aux_loss_coeff": config.moe_aux_loss_coef,
         "moe_z_loss_coeff": config.moe_z_loss_coef or None,

@@ -30,7 +30,7 @@ from megatron_aspo.loss import (
     vocab_parallel_logprobs,
 )
 from megatron_aspo.packing import pack
-from megatron_aspo.policy.model import build_model, initialize_parallel, model_inputs
+from megatron_aspo.policy.model import build_model, fp8_optimizer_settings, initialize_parallel, model_inputs
 from megatron_aspo.types import MicroBatch, Sample
 
 _NEVER_DECAY = 1 << 62
@@ -143,6 +143,7 @@ class Policy:
                 params_dtype=self.model.config.params_dtype,
                 use_distributed_optimizer=True,
                 **_offload_settings(config, self.device.type == "cuda"),
+                **fp8_optimizer_settings(self.config.fp8),
             ),
             [self.model],
         )
@@ -171,7 +172,7 @@ class Policy:
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
             max_tokens=train.max_tokens_per_micro_batch,
-            multiple=parallel.stream_multiple,
+            multiple=self.config.stream_multiple,
             context_rank=self.cp_group.rank(),
             context_size=parallel.context,
             one_per_row=not train.packing,

@@ -239,6 +239,8 @@ def _start(model: ModelConfig, vocab_size: int, config: RolloutConfig, seed: int
 
     _register_transfer(on_cpu)
     if on_cpu:
+        if config.quantization != "none":
+            raise UserError(f"rollout.quantization={config.quantization} needs a GPU; set rollout.quantization=none")
         _check_head_size(_head_size(model))
         _name_shared_memory()
     with tempfile.TemporaryDirectory() as folder:
@@ -248,6 +250,7 @@ def _start(model: ModelConfig, vocab_size: int, config: RolloutConfig, seed: int
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 dtype=model.dtype,
+                quantization="fp8_per_tensor" if config.quantization == "fp8" else None,
                 max_model_len=model.max_sequence_length,
                 max_num_seqs=config.batch_size,
                 kv_cache_memory_bytes=int(config.kv_cache_gb * (1 << 30)),
