@@ -73,9 +73,9 @@ def build_model(config: RunConfig, vocab_size: int) -> DistributedDataParallel:
     with rows of zeros that the caller gives no probability.
 
     Raises:
-        UserError: a vocabulary or shape that cannot be spread as `config.parallel` says or that
-            `config.fp8` does not take; no GPU that computes in it; a folder of weights that cannot be read, is of an unknown architecture, lacks a
-            tensor or has one too many.
+        UserError: a vocabulary or shape that cannot be spread as `config.parallel` says or that `config.fp8` does not
+            take; no GPU that computes in it; a folder of weights that cannot be read, is of an unknown architecture,
+            lacks a tensor or has one too many.
     """
     needs_engine = sorted({"layernorm", "moe_act", "mla_up_proj"}.intersection(config.train.recompute_modules))
     if needs_engine and importlib.util.find_spec("transformer_engine") is None:
