@@ -316,7 +316,8 @@ class RolloutConfig:
         sleep_level: what vLLM gives back on a GPU while the policy is trained: 1 its keys and values (the weights wait
             in host memory), 2 its weights too; 0 is nothing.
         refit_bucket_mb: MiB of weights that travel at once from the policy to vLLM.
-        refit_checksum: compare checksums of the weights over all ranks at every refit.
+        refit_checksum: compare checksums of the weights at every refit: over all ranks, between the two sides of a
+            channel, and with vLLM's own copies where these are not packed or split.
         ranks: how many of the launcher's ranks, its last ones, only generate; the others train. 0: all ranks do both in
             turn.
         max_staleness: with `ranks`, how many batches are generated ahead while the policy is trained. The batch of step

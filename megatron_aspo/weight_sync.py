@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from megatron_aspo.errors import RunError
 Weight = tuple[str, Tensor]
 """A whole tensor under its name in Hugging Face's checkpoints."""
 
+Checksum = tuple[float, float]
+
 
 class WeightSource(Protocol):
     """Where an engine takes the policy's weights from."""
@@ -23,6 +25,11 @@ class WeightSource(Protocol):
     @property
     def version(self) -> int:
         """Optimizer updates that the weights have seen."""
+        ...
+
+    @property
+    def sent_checksums(self) -> Mapping[str, Checksum]:
+        """What the sender found, once `weights` is at its end; empty where nothing lies between, or none were asked."""
         ...
 
     def weights(self) -> Iterator[Weight]:
@@ -36,13 +43,15 @@ class WeightSyncError(RunError):
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One refit: how much travelled, and in what time (seconds, the export included)."""
+    """One refit: how much travelled, in what time (seconds, the export included), and the tensors' checksums by name if
+    they were asked for."""
 
     tensors: int
     buckets: int
     bytes: int
     largest_bucket: int
     seconds: float
+    checksums: Mapping[str, Checksum]
 
 
 class WeightSync:
@@ -62,6 +71,11 @@ class WeightSync:
         self.checksum = checksum
         self._layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the tensors of the last `run`."""
+        return {name: shape for name, (shape, _) in self._layout.items()}
+
     def run(self, weights: Iterable[Weight], load: Callable[[list[Weight]], None]) -> SyncReport:
         """Pass all `weights` to `load`, a bucket at a time. Collective if the export or the checksum is.
 
@@ -71,7 +85,7 @@ class WeightSync:
         """
         start = time.perf_counter()
         layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
-        checksums: dict[str, list[float]] = {}
+        checksums: dict[str, Checksum] = {}
         sizes: list[int] = []
         for bucket in buckets(weights, self.bucket_bytes):
             for name, tensor in bucket:
@@ -79,14 +93,14 @@ class WeightSync:
                     raise WeightSyncError(f"{name} was exported twice")
                 layout[name] = (tensor.shape, tensor.dtype)
                 if self.checksum:
-                    checksums[name] = _checksum(tensor)
+                    checksums[name] = checksum(tensor)
             sizes.append(sum(tensor.nbytes for _, tensor in bucket))
             load(bucket)
             del bucket
         self._check_layout(layout)
         if self.checksum:
             _check_ranks_agree(checksums)
-        return SyncReport(len(layout), len(sizes), sum(sizes), max(sizes), time.perf_counter() - start)
+        return SyncReport(len(layout), len(sizes), sum(sizes), max(sizes), time.perf_counter() - start, checksums)
 
     def _check_layout(self, layout: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
         if not layout:
@@ -116,15 +130,22 @@ def buckets(weights: Iterable[Weight], limit: int) -> Iterator[list[Weight]]:
         yield bucket
 
 
-def _checksum(tensor: Tensor) -> list[float]:
-    """The sum, and one that depends on the order; the same on every rank that has the same values."""
+def checksum(tensor: Tensor) -> Checksum:
+    """The sum, and one that depends on the order; the same wherever the same values are. Zeros behind them change
+    nothing."""
     values = tensor.detach().flatten().double()
     weights = torch.arange(len(values), device=values.device).remainder_(251).double()
-    return [float(values.sum()), float(values.dot(weights))]
+    return float(values.sum()), float(values.dot(weights))
 
 
-def _check_ranks_agree(checksums: dict[str, list[float]]) -> None:
-    everyones: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
+def check_copies(sent: Mapping[str, Checksum], copies: Mapping[str, Checksum], where: str) -> None:
+    """Raise WeightSyncError unless each of the `copies` is what was sent."""
+    if different := [name for name, found in copies.items() if found != sent[name]]:
+        raise WeightSyncError(f"{len(different)} of {len(copies)} tensors {where} are not as sent: {_some(different)}")
+
+
+def _check_ranks_agree(checksums: dict[str, Checksum]) -> None:
+    everyones: list[dict[str, Checksum]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyones, checksums)
     for rank, theirs in enumerate(everyones):
         different = [name for name in checksums.keys() | theirs.keys() if checksums.get(name) != theirs.get(name)]

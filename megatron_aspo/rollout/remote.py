@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,12 @@ from megatron_aspo.config import RolloutConfig
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rollout.vllm import PolicyWeights
 from megatron_aspo.types import Batch, Prompt, Sample
-from megatron_aspo.weight_sync import Weight, WeightSync, WeightSyncError
+from megatron_aspo.weight_sync import Checksum, Weight, WeightSync, WeightSyncError
 
 
 @dataclass(frozen=True)
 class TakeWeights:
-    """Buckets of weights follow, an empty one last."""
+    """Buckets of weights follow, an empty one last, and then the checksums."""
 
     version: int
 
@@ -87,8 +87,9 @@ class RemoteEngine:
         """
         self.weight_version = self._source.version
         self.channel.send(TakeWeights(self.weight_version))
-        self._sync.run(self._source.weights(), self.channel.send_weights)
+        report = self._sync.run(self._source.weights(), self.channel.send_weights)
         self.channel.send_weights([])
+        self.channel.send(report.checksums)
 
     def sleep(self) -> None:
         """Nothing: its memory is not the policy's."""
@@ -140,8 +141,10 @@ class ReceivedWeights:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.version = -1
+        self.sent_checksums: Mapping[str, Checksum] = {}
 
     def weights(self) -> Iterator[Weight]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         while bucket := self.channel.receive_weights(device):
             yield from bucket
+        self.sent_checksums = self.channel.receive()

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,16 @@ from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rollout.stops import Stops
 from megatron_aspo.tokenizer import Tokenizer
 from megatron_aspo.types import Prompt, Sample
-from megatron_aspo.weight_sync import SyncReport, Weight, WeightSource, WeightSync, WeightSyncError
+from megatron_aspo.weight_sync import (
+    Checksum,
+    SyncReport,
+    Weight,
+    WeightSource,
+    WeightSync,
+    WeightSyncError,
+    check_copies,
+    checksum,
+)
 
 _BACKEND = "megatron_aspo"
 
@@ -126,6 +135,10 @@ class VllmEngine:
             if self._asleep:
                 self._llm.wake_up(tags=["kv_cache"])
                 self._asleep = False
+        if self.config.refit_checksum:
+            if self.source.sent_checksums:
+                check_copies(self.source.sent_checksums, self.last_sync.checksums, "that the rollout ranks received")
+            check_copies(self.last_sync.checksums, self._copies(), "in vLLM")
         self.weight_version = version
 
     def sleep(self) -> None:
@@ -135,6 +148,23 @@ class VllmEngine:
                 self._llm.sleep(level=self.config.sleep_level)
             self._asleep = True
             self.weight_version = None
+
+    def _copies(self) -> dict[str, Checksum]:
+        """Of vLLM's parameters that are as they came: neither split over ranks, nor joined with others, nor packed
+        for a CPU's kernels. The rest `check-rollout` judges by their log-probs."""
+        assert self.last_sync is not None
+        shapes, sent = self._sync.shapes, self.last_sync.checksums
+
+        def copies(model: torch.nn.Module) -> dict[str, Checksum]:
+            # Of a vocabulary vLLM makes a multiple of 64, with zeros.
+            whole = {name: p for name, p in model.named_parameters() if name in sent and p.numel()}
+            return {
+                name: checksum(p)
+                for name, p in whole.items()
+                if p.shape[0] >= shapes[name][0] and p.shape[1:] == shapes[name][1:]
+            }
+
+        return self._llm.apply_model(copies)[0]
 
     def _load(self, bucket: list[Weight]) -> None:
         with _in_vllm("taking weights"):
@@ -399,6 +429,10 @@ class PolicyWeights:
     @property
     def version(self) -> int:
         return self.policy.updates
+
+    @property
+    def sent_checksums(self) -> Mapping[str, Checksum]:
+        return {}
 
     def weights(self) -> Iterator[Weight]:
         """Every tensor whole on every rank; it may be a parameter's own memory. Collective."""

@@ -136,7 +136,7 @@ LAYOUTS = {
 )
 def test_every_batch_is_written_by_the_weights_it_should_be(layout: str, max_staleness: int) -> None:
     training, parallel, rollout = LAYOUTS[layout]
-    config = config_with(parallel, **rollout, max_staleness=max_staleness, refit_bucket_mb=1)
+    config = config_with(parallel, **rollout, max_staleness=max_staleness, refit_bucket_mb=1, refit_checksum=True)
     everyones = run(training + rollout["ranks"], take_steps, config)
     steps = everyones[0]
     seen: list[int] = []

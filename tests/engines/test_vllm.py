@@ -35,7 +35,7 @@ from megatron_aspo.rollout.vllm import PolicyWeights, VllmEngine
 from megatron_aspo.tokenizer import AsciiTokenizer
 from megatron_aspo.train import train
 from megatron_aspo.types import Prompt, Sample
-from megatron_aspo.weight_sync import WeightSyncError
+from megatron_aspo.weight_sync import WeightSyncError, check_copies
 
 pytestmark = pytest.mark.engines
 
@@ -109,7 +109,17 @@ def sample_update_refit(config: RunConfig) -> dict[str, Any]:
         found["greedy"] = engine.generate(make_prompts(), 1, 0.0)
         found["embedded"] = EmbeddedEngine(policy, config.rollout, AsciiTokenizer(), 1).generate(make_prompts(), 1, 0.0)
         found["sync"] = engine.last_sync
+        assert engine.last_sync is not None
+        found["copies"] = engine._copies()
+        engine._llm.apply_model(perturb)
+        with pytest.raises(WeightSyncError, match=r"1 of \d+ tensors in vLLM are not as sent: model.norm.weight"):
+            check_copies(engine.last_sync.checksums, engine._copies(), "in vLLM")
     return found
+
+
+def perturb(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[3] += 1e-3
 
 
 def contents(samples: list[Sample]) -> list[tuple[Any, ...]]:
@@ -138,6 +148,8 @@ def test_logprobs_and_greedy_responses_are_the_trainers_before_and_after_updates
     assert {s.finish_reason for s in samples} == {"stop", "length"}
     assert all((s.token_ids[-1] == AsciiTokenizer.eos_id) == (s.finish_reason == "stop") for s in samples)
     assert everyones[0]["sync"].buckets > 1
+    # All norms, and embedding and head where they are not split; the other weights are joined and packed.
+    assert len(everyones[0]["copies"]) == (7 if tensor == 1 else 5)
 
 
 def logprobs_before_and_after(config: RunConfig, vocab_size: int) -> list[dict[str, float]]:

@@ -67,10 +67,10 @@ def test_what_is_not_as_it_was_is_an_error() -> None:
 def test_ranks_with_other_values_or_another_order_of_them_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs: list[Weight] = []
 
-    def gather(everyones: list[dict[str, list[float]]], mine: dict[str, list[float]]) -> None:
-        from megatron_aspo.weight_sync import _checksum
+    def gather(everyones: list[dict[str, tuple[float, float]]], mine: dict[str, tuple[float, float]]) -> None:
+        from megatron_aspo.weight_sync import checksum
 
-        everyones[:] = [mine, {name: _checksum(tensor) for name, tensor in theirs}]
+        everyones[:] = [mine, {name: checksum(tensor) for name, tensor in theirs}]
 
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
