@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN   := .venv/bin
 STAMP := .venv/.installed
-NEMO_RUN := examples/nemo_run/.venv
+NEMO_RUN := .venv-nemo-run
 ARGS  ?=
 
 .DEFAULT_GOAL := help

@@ -16,7 +16,7 @@ from slurm_cluster import Cluster, missing, wait_until
 from megatron_aspo.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-NEMO_RUN = ROOT / "examples/nemo_run/.venv/bin/python"
+NEMO_RUN = ROOT / ".venv-nemo-run/bin/python"
 SHORT = ["warmup.updates=5", "rollout.prompts_per_step=8", "eval.every=0"]
 
 pytestmark = [
@@ -33,7 +33,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with the code as it is here, all of it committed: jobs are sent what is."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("megatron_aspo", "examples"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".venv", "__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / ".gitignore").write_text("runs/\n__pycache__/\n")
     user = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "--quiet"], ["add", "."], [*user, "commit", "--quiet", "--message=all of it"]):

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_aspo import cli, launch
 
-COMMANDS = ("train", "eval", "export", "check-rollout", "report", "doctor")
+COMMANDS = ("train", "eval", "export", "check-rollout", "plan", "report", "doctor")
 
 GOOD = "name: t\nmodel: {num_layers: 2}\n"
 
