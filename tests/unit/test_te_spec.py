@@ -28,6 +28,10 @@ import json, sys
 import torch
 import transformer_engine
 import transformer_engine.pytorch
+import torch.distributed as dist
+from megatron.core import parallel_state
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+parallel_state.initialize_model_parallel()
 torch.cuda.is_available = lambda: True  # the specs are chosen by it; no GPU is touched
 from megatron.core.fp8_utils import get_fp8_recipe
 from megatron_aspo.accelerators import find_accelerators
@@ -38,7 +42,9 @@ recipe, format, start = sys.argv[1], sys.argv[2], int(sys.argv[3])
 fp8 = Fp8Config(recipe=recipe, format=format, bf16_layers_at_start=start)
 model = ModelConfig(hidden_size=256, ffn_hidden_size=512, num_layers=4, dtype="bfloat16")
 config = transformer_config(RunConfig(name="test", model=model, fp8=fp8), _architecture(model))
-layer = _block_spec(config).submodules
+layers = _block_spec(config).layer_specs
+assert len(layers) == 4
+layer = layers[-1].submodules
 made = get_fp8_recipe(config)
 linears = [layer.self_attention.submodules.linear_qkv, layer.self_attention.submodules.linear_proj]
 print(json.dumps({
