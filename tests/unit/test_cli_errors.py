@@ -10,7 +10,7 @@ import pytest
 
 from megatron_aspo import cli, launch
 
-COMMANDS = ("train", "eval", "export", "check-rollout", "report")
+COMMANDS = ("train", "eval", "export", "check-rollout", "plan", "report")
 
 GOOD = "name: t\nmodel: {num_layers: 2}\n"
 
