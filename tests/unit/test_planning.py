@@ -277,7 +277,7 @@ def test_a_variant_fits(name: str, overrides: list[str]) -> None:
         ("qwen2_5_72b", ["rollout.sleep_level=0"], 64, ["rollout.sleep_level=2"]),
         ("qwen2_5_32b", ["rollout.kv_cache_gb=50"], 32, ["rollout.kv_cache_gb=25"]),
         ("qwen2_5_32b", ["train.recompute=none", "train.max_tokens_per_micro_batch=40960"], 32, None),
-        ("deepseek_v3", ["optimizer.cpu_offload=0"], 256, None),
+        ("deepseek_v3_671b", ["optimizer.cpu_offload=0"], 256, None),
         ("qwen2_5_72b", [], 16, None),
     ],
 )
@@ -295,7 +295,7 @@ def test_knobs_make_it_fit(name: str, overrides: list[str], gpus: int, knobs: li
 
 
 def test_what_nothing_makes_fit() -> None:
-    plan = make_plan(recipe("deepseek_v3", "parallel.pipeline=1", "parallel.first_stage_layers=null",
+    plan = make_plan(recipe("deepseek_v3_671b", "parallel.pipeline=1", "parallel.first_stage_layers=null",
                             "parallel.last_stage_layers=null"), 32)  # fmt: skip
     assert (plan.fits, plan.knobs) == (False, [])
 
@@ -323,8 +323,8 @@ def test_what_nothing_makes_fit() -> None:
         ("qwen2_5_32b", ["train.max_tokens_per_micro_batch=8192"], "is less than 10240"),
         ("qwen2_5_72b", ["train.mini_batch_prompts=1", "rollout.responses_per_prompt=2"], "without any"),
         ("qwen2_5_72b", ["model.hf_path=Qwen/Qwen9"], "has no config.json here"),
-        ("deepseek_v3", ["parallel.context=2", "train.max_tokens_per_micro_batch=8192"], "latent attention"),
-        ("deepseek_v3", ["rollout.engine=megatron"], "tensor=32 is for vLLM"),
+        ("deepseek_v3_671b", ["parallel.context=2", "train.max_tokens_per_micro_batch=8192"], "latent attention"),
+        ("deepseek_v3_671b", ["rollout.engine=megatron"], "tensor=32 is for vLLM"),
         ("qwen2_5_32b", ["train.recompute_modules=[mlp]"], "name modules with recompute=selective"),
         ("qwen2_5_32b", ["cluster.gpu=h300"], "gpu='h300' is not one of a100, h100, h200, b200"),
         ("qwen2_5_32b", ["--gpus", "0"], "--gpus=0 must be >= 1"),
