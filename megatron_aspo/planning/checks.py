@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_aspo.config import RunConfig, check_layout, check_world_size, config_warnings
 from megatron_aspo.errors import UserError
+from megatron_aspo.fp8 import check_fp8_layout
 from megatron_aspo.planning.architectures import Shape
 from megatron_aspo.planning.gpus import GIB
 from megatron_aspo.planning.memory import data_parallel_size, micro_batches
@@ -23,6 +24,9 @@ def check_plan(config: RunConfig, shape: Shape, world: int) -> None:
         "num_experts": shape.num_experts,
     }
     check_layout(sizes, config.parallel, what)
+    latent = {"kv_lora_rank": shape.latent.kv_rank} if shape.latent else {}
+    fp8_sizes = sizes | latent | {"hidden_size": shape.hidden_size, "kv_channels": shape.head_dim}
+    check_fp8_layout(fp8_sizes, config.fp8, config.parallel, what)
     check_world_size(config, world)
     if config.model.max_sequence_length > shape.max_positions:
         raise UserError(

@@ -20,7 +20,6 @@ from megatron_aspo.planning.parameters import (
     total_parameters,
     vocabulary_rows,
 )
-from megatron_aspo.planning.precision import optimizer_bytes
 
 CHUNK = 1024
 """Tokens of which the fused loss head has logits at once (`loss.fused_linear.CHUNK_SIZE`)."""
@@ -128,7 +127,7 @@ def _element(config: RunConfig) -> int:
 
 def _trainer(config: RunConfig, count: Count, world: int) -> tuple[dict[str, int], int]:
     """Weights, gradients and optimizer states on the GPU, and bytes of the last on the host."""
-    per_parameter = optimizer_bytes(config.model.dtype, config.optimizer.moments_dtype)
+    per_parameter = _optimizer_bytes(config.model.dtype, config.optimizer.moments_dtype)
     # The distributed optimizer spreads states over the ranks that hold the same parameters.
     shared = data_parallel_size(config, world) * config.parallel.context
     owned = -(-count.dense // shared) + -(-count.expert // expert_data_parallel_size(config, world))
@@ -233,3 +232,8 @@ def fits(stages: list[Stage], gpu: Gpu) -> bool:
 def refit_bytes(config: RunConfig, shape: Shape) -> int:
     """That every rank sees in a refit: the whole model."""
     return total_parameters(shape) * _element(config)
+
+
+def _optimizer_bytes(dtype: str, moments: str) -> int:
+    """Of a parameter's float32 master copy (none where the model is float32) and Adam's two moments."""
+    return (4 if dtype == "bfloat16" else 0) + 2 * (4 if moments == "float32" else 2)
