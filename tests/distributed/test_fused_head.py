@@ -639,7 +639,7 @@ def train_while_parameters_are_gathered(fused: bool, overlap: bool, tied: bool) 
 
     if overlap:  # in a process of its own
         ddp_config, optimizer_config = model.DistributedDataParallelConfig, trainer.MegatronOptimizerConfig
-        more: dict[str, Any] = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000}
+        more: dict[str, Any] = {"overlap_param_gather": True, "bucket_size": 3000}
         patch = pytest.MonkeyPatch()
         patch.setattr(model, "DistributedDataParallelConfig", partial(ddp_config, **more))
         patch.setattr(trainer, "MegatronOptimizerConfig", partial(optimizer_config, overlap_param_gather=True))
@@ -648,13 +648,12 @@ def train_while_parameters_are_gathered(fused: bool, overlap: bool, tied: bool) 
     config = replace(
         config,
         model=replace(config.model, tie_embeddings=tied),
+        parallel=replace(config.parallel, overlap_grad_reduce=overlap),
         train=replace(config.train, fused_head=fused, max_tokens_per_micro_batch=100),
     )
     updates: list[tuple[float, ...]] = []
     with distributed(config):
         policy = trainer.Policy(config, RANKS_VOCAB)
-        if overlap:
-            policy.model.config.no_sync_func = policy.model.no_sync
         batches = policy.pack(make_samples())
         assert len(batches) > 1
         for i in range(3):
