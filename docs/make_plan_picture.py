@@ -5,7 +5,7 @@ python docs/make_plan_picture.py
 
 from pathlib import Path
 
-from megatron_aspo.config import load_config
+from megatron_aspo.config_file import load_config
 from megatron_aspo.planning.plan import make_plan
 from megatron_aspo.planning.show import draw_plan
 

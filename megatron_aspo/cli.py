@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_aspo import __version__
-from megatron_aspo.config import GPUS, RunConfig, check_world_size, colocated, load_config
+from megatron_aspo.config import GPUS, RunConfig, colocated
+from megatron_aspo.config_checks import check_world_size
+from megatron_aspo.config_file import load_config
 from megatron_aspo.errors import RunError, UserError
 from megatron_aspo.rollout.engine import check_engine
 from megatron_aspo.run_folder import find_checkpoint, find_resume, make_folders

@@ -1,24 +1,19 @@
-"""Everything a run can be told, as frozen dataclasses; imports neither torch nor Megatron.
+"""Everything a run can be told, as frozen dataclasses that check their own fields; imports neither torch nor Megatron.
 
-`load_config` reads a YAML file and dotted overrides (`loss.clip_high=0.28`) through OmegaConf, checks every
-type, refuses unknown keys with the nearest name, and checks what depends on several fields at once.
+`config_file` makes them from a YAML file, `config_checks` knows what depends on several sections at once.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-import os
 import signal
-import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_aspo.errors import UserError
-from megatron_aspo.fp8 import Fp8Config, check_fp8_layout, stream_multiple
+from megatron_aspo.fp8 import Fp8Config, stream_multiple
 
 Objective = Literal["aspo", "grpo", "no_is", "response_mean_is", "cispo", "gspo", "sapo"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
@@ -593,170 +588,14 @@ class RunConfig:
         return math.ceil(self.rollout.prompts_per_step / self.train.mini_batch_prompts) * self.train.epochs
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `a.b=c` overrides in order, validate.
-
-    Raises:
-        UserError: a missing or unreadable file, an unknown key, a value of the wrong type or out of range,
-            or fields that contradict each other.
-    """
-    from omegaconf import OmegaConf  # imported here so that the loss library needs torch alone
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    if not os.path.isfile(path):  # unlike Path's, it takes a name that is too long for one that is not there
-        raise UserError(f"no configuration file at {path}; see examples/ for ones that run")
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"override {override!r} is not of the form section.field=value")
-    try:
-        loaded = OmegaConf.load(path)
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, OSError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}; fix the YAML or the override") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a mapping of sections; see examples/ for ones that run")
-    config = _from_mapping(RunConfig, typing.cast("Mapping[str, Any]", values), "")
-    config = _fill_dependent(config)
-    _check_together(config)
-    return config
-
-
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as plain containers, fit for YAML or JSON."""
     return asdict(config)
 
 
-def config_warnings(config: RunConfig) -> list[str]:
-    """What is allowed but probably not meant, a line each."""
-    warnings: list[str] = []
-    if config.updates_per_step == 1:
-        warnings.append(
-            f"{config.loss.objective.upper()} is inert: one optimizer update per rollout batch, so every "
-            "importance ratio is 1 and all objectives have the same gradient; lower "
-            "train.mini_batch_prompts or raise train.epochs"
-        )
-    if config.fp8.recipe == "delayed":
-        warnings.append(
-            "fp8.recipe=delayed scales by earlier passes: old log-probs and the update's passes differ, and the first "
-            "importance ratios are not 1; current, blockwise and mxfp8 reproduce them"
-        )
-    for name, value, off in (("top_p", config.rollout.top_p, 1), ("top_k", config.rollout.top_k, 0)):
-        if value != off:
-            warnings.append(
-                f"rollout.{name}={value} truncates the sampler's distribution, the trainer's "
-                "log-probs are of the whole one: the importance ratio then corrects for the wrong policy; "
-                f"{name}={off} is exact"
-            )
-    if config.rollout.max_staleness and config.loss.rollout_correction == "none":
-        warnings.append(
-            f"rollout.max_staleness={config.rollout.max_staleness} trains on responses of older weights as if the "
-            "current ones had written them (loss.rollout_correction=none); truncate or mask weights them by "
-            "pi_old / pi_rollout"
-        )
-    return warnings
-
-
 def colocated(config: RunConfig) -> RunConfig:
     """The same without ranks that only generate: what commands other than training need."""
     return replace(config, rollout=replace(config.rollout, ranks=0, max_staleness=0))
-
-
-def check_world_size(config: RunConfig, world_size: int) -> None:
-    """Raise UserError unless `world_size` ranks, `rollout.ranks` included, can hold the configured layout."""
-    size, apart = config.parallel.model_parallel_size, config.rollout.ranks
-    training = world_size - apart
-    if apart and training < 1:
-        raise UserError(
-            f"{world_size} rank(s) are too few for rollout.ranks={apart} that only generate and {size} that train; "
-            f"start {apart} ranks more than a multiple of {size}"
-        )
-    if training % size:
-        what, start = f"{world_size} rank(s)", f"a multiple of {size} ranks"
-        if apart:
-            what = f"{training} training rank(s) ({world_size} less rollout.ranks={apart})"
-            start = f"{apart} ranks more than a multiple of {size}"
-        raise UserError(
-            f"{what} cannot hold parallel.tensor={config.parallel.tensor} x "
-            f"parallel.pipeline={config.parallel.pipeline} x parallel.context={config.parallel.context} "
-            f"with parallel.expert={config.parallel.expert}; start {start}"
-        )
-    if not apart and world_size % config.rollout.tensor:
-        raise UserError(
-            f"{world_size} rank(s) cannot be parted into replicas of rollout.tensor={config.rollout.tensor} ranks; "
-            "start a multiple of them"
-        )
-
-
-_LAID_OUT = (
-    "num_attention_heads",
-    "num_query_groups",
-    "ffn_hidden_size",
-    "moe_ffn_hidden_size",
-    "num_layers",
-    "num_experts",
-)
-
-
-def check_layout(sizes: Mapping[str, int], parallel: ParallelConfig, prefix: str) -> None:
-    """Raise UserError unless a model of these sizes (named as in ModelConfig; `prefix` stands before the names in
-    messages) can be spread as `parallel` says."""
-    for what in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "shared_expert_size"):
-        if sizes.get(what, 0) % parallel.tensor:
-            raise UserError(
-                f"{prefix}{what}={sizes[what]} is not a multiple of parallel.tensor={parallel.tensor}"
-                "; change one of them"
-            )
-    if sizes["moe_ffn_hidden_size"] % parallel.expert_tensor_size:
-        name = "tensor" if parallel.expert_tensor is None else "expert_tensor"
-        raise UserError(
-            f"{prefix}moe_ffn_hidden_size={sizes['moe_ffn_hidden_size']} is not a multiple of "
-            f"parallel.{name}={parallel.expert_tensor_size}; change one of them"
-        )
-    stage_layers(sizes["num_layers"], parallel, prefix)
-    experts = sizes["num_experts"]
-    if parallel.expert_tensor_size != parallel.tensor and not experts:
-        raise UserError(f"parallel.expert_tensor={parallel.expert_tensor}, but the model has no experts; remove it")
-    if parallel.expert > 1 and not experts:
-        raise UserError(
-            f"parallel.expert={parallel.expert}, but the model has no experts; set parallel.expert=1, or take a "
-            "model with experts"
-        )
-    if experts % parallel.expert:
-        raise UserError(
-            f"{prefix}num_experts={experts} cannot be spread over parallel.expert={parallel.expert} ranks; "
-            "make it a multiple"
-        )
-    if experts and parallel.tensor > 1 and not parallel.sequence_parallel:
-        raise UserError(
-            f"parallel.tensor={parallel.tensor} with {prefix}num_experts={experts} needs sequence parallelism, "
-            "or every expert would see every token more than once; set parallel.sequence_parallel=true"
-        )
-
-
-def stage_layers(num_layers: int, parallel: ParallelConfig, prefix: str = "") -> list[int]:
-    """Layers of every pipeline stage.
-
-    Raises:
-        UserError: they cannot be spread as `parallel` says; `prefix` stands before `num_layers` in the message.
-    """
-    first, last = parallel.first_stage_layers, parallel.last_stage_layers
-    given = [layers for layers in (first, last) if layers is not None]
-    stages, rest = parallel.pipeline - len(given), num_layers - sum(given)
-    if not given and rest % stages:
-        raise UserError(
-            f"{prefix}num_layers={num_layers} is not a multiple of parallel.pipeline={parallel.pipeline}"
-            "; change one of them, or set parallel.first_stage_layers or last_stage_layers"
-        )
-    if (stages and (rest <= 0 or rest % stages)) or (not stages and rest):
-        raise UserError(
-            f"{prefix}num_layers={num_layers} without parallel.first_stage_layers={first} and "
-            f"last_stage_layers={last} leaves {rest} layers for {stages} stages; make it a positive multiple"
-        )
-    middle = [rest // stages] * stages if stages else []
-    return ([] if first is None else [first]) + middle + ([] if last is None else [last])
 
 
 def _require(condition: bool, message: str) -> None:
@@ -767,127 +606,3 @@ def _require(condition: bool, message: str) -> None:
 def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         _require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be > 0")
-
-
-def _from_mapping(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
-    """Build the dataclass `cls` from plain containers; `prefix` is the dotted path of errors."""
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(known)}"
-            raise UserError(f"unknown setting {prefix}{key}{hint}")
-    arguments = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()}
-    try:
-        return cls(**arguments)
-    except TypeError:
-        raise UserError(f"{prefix}name is missing; add a line 'name: my-run'") from None
-    except ValueError as error:
-        raise UserError(f"{prefix.rstrip('.') + ': ' if prefix else ''}{error}") from None
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` as an instance of the annotation `hint`, or UserError. An int serves where a float is asked."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(f"{path}={value!r} should be a section with fields of its own")
-        return _from_mapping(typing.cast("type[Any]", hint), typing.cast("Mapping[str, Any]", value), f"{path}.")
-    if origin in (types.UnionType, typing.Union):  # the only unions here are `X | None`
-        return None if value is None else _convert(arguments[0], value, path)
-    if origin is Literal:
-        if value not in arguments:
-            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
-            hint_text = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{path}={value!r} is not one of {', '.join(map(str, arguments))}{hint_text}")
-        return value
-    if origin is tuple:
-        items = typing.cast("list[Any]", value) if isinstance(value, list) else None
-        if items is None or not all(isinstance(item, str) for item in items):
-            raise UserError(f"{path}={value!r} should be a list of strings")
-        return tuple(items)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{path}={value!r} should be a mapping")
-        return typing.cast("dict[str, Any]", value)
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            value = float(value)  # YAML 1.1 reads 1e-6 as a string
-        except (ValueError, OverflowError):
-            raise UserError(f"{path}={value!r} should be a number") from None
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise UserError(f"{path}={value!r} should be {names.get(hint, hint)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{path}={value!r} should be a finite number")
-    return value
-
-
-def _fill_dependent(config: RunConfig) -> RunConfig:
-    if config.loss.aggregation == "seq-mean-token-sum-norm" and config.loss.norm_length is None:
-        return replace(config, loss=replace(config.loss, norm_length=config.rollout.max_response_tokens))
-    return config
-
-
-def _check_fp8_run(config: RunConfig) -> None:
-    """What FP8 on a GPU asks of the other sections."""
-    if config.model.dtype != "bfloat16":
-        raise UserError(f"fp8.recipe={config.fp8.recipe} needs model.dtype=bfloat16; set it, or fp8.emulate=true")
-    if config.rollout.engine == "megatron":
-        raise UserError(
-            f"rollout.engine=megatron decodes as many tokens as there are responses, which fp8.recipe="
-            f"{config.fp8.recipe} does not take; set rollout.engine=vllm"
-        )
-
-
-def _check_together(config: RunConfig) -> None:
-    """What depends on several fields at once."""
-    model, parallel, rollout, train = config.model, config.parallel, config.rollout, config.train
-    if not model.hf_path:
-        sizes = {what: getattr(model, what) or 0 for what in _LAID_OUT}
-        check_layout(sizes, parallel, "model.")
-        head = model.hidden_size // model.num_attention_heads
-        shape = sizes | {"hidden_size": model.hidden_size, "kv_channels": head}
-        check_fp8_layout(shape | {"moe_ffn_hidden_size": model.expert_hidden_size}, config.fp8, parallel, "model.")
-    if config.fp8.recipe is not None and not config.fp8.emulate:
-        _check_fp8_run(config)
-    if config.fp8.recipe == "delayed" and config.fp8.emulate and model.num_experts:
-        raise UserError("fp8.recipe=delayed is not emulated for experts; take another recipe")
-    if config.data.chat_template and not model.hf_path:
-        raise UserError(
-            "data.chat_template=true needs a tokenizer with a chat template, and the character tokenizer has none; "
-            "set model.hf_path or data.chat_template=false"
-        )
-    if config.optimizer.cpu_offload and model.dtype != "bfloat16":
-        raise UserError(
-            f"optimizer.cpu_offload={config.optimizer.cpu_offload} is for model.dtype=bfloat16; set one or the other"
-        )
-    if rollout.engine == "megatron" and parallel.expert_tensor_size != parallel.tensor:
-        raise UserError(
-            f"rollout.engine=megatron samples with the experts parted as the rest; remove "
-            f"parallel.expert_tensor={parallel.expert_tensor}, or set rollout.engine=vllm"
-        )
-    if rollout.engine == "vllm" and model.num_experts:
-        raise UserError(
-            f"rollout.engine=vllm takes model.num_experts={model.num_experts} from model.hf_path only; name one, or "
-            "set rollout.engine=megatron"
-        )
-    if train.mini_batch_prompts > rollout.prompts_per_step:
-        raise UserError(
-            f"train.mini_batch_prompts={train.mini_batch_prompts} exceeds "
-            f"rollout.prompts_per_step={rollout.prompts_per_step}; lower the first or raise the second"
-        )
-    if rollout.max_response_tokens >= model.max_sequence_length:
-        raise UserError(
-            f"rollout.max_response_tokens={rollout.max_response_tokens} leaves no room for a prompt in "
-            f"model.max_sequence_length={model.max_sequence_length}; lower the first or raise the second"
-        )
-    longest = math.ceil(model.max_sequence_length / config.stream_multiple) * config.stream_multiple
-    if train.max_tokens_per_micro_batch < longest:
-        raise UserError(
-            f"train.max_tokens_per_micro_batch={train.max_tokens_per_micro_batch} is less than {longest}, where "
-            f"a sample of model.max_sequence_length={model.max_sequence_length} tokens fits; raise it"
-        )

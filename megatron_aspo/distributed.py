@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_aspo.channel import ROLES, Channel
-from megatron_aspo.config import RunConfig, check_world_size
+from megatron_aspo.config import RunConfig
+from megatron_aspo.config_checks import check_world_size
 from megatron_aspo.policy import cpu
 
 TIMEOUT = timedelta(minutes=30)

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from megatron_aspo import cli, doctor
-from megatron_aspo.config import RunConfig, check_world_size, to_dict
+from megatron_aspo.config import RunConfig, to_dict
+from megatron_aspo.config_checks import check_world_size
 from megatron_aspo.run_log import save_provenance
 
 SILENCE = "does not answer"

@@ -10,7 +10,8 @@ from itertools import pairwise
 import torch.distributed as dist
 
 from megatron_aspo.channel import Channel
-from megatron_aspo.config import RunConfig, config_warnings
+from megatron_aspo.config import RunConfig
+from megatron_aspo.config_checks import config_warnings
 from megatron_aspo.data import ReasoningGymPrompts
 from megatron_aspo.distributed import distributed, warn
 from megatron_aspo.evaluation import evaluate

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from megatron_aspo.cli import exit_code  # noqa: E402
-from megatron_aspo.config import RunConfig, check_world_size, load_config  # noqa: E402
+from megatron_aspo.config import RunConfig  # noqa: E402
+from megatron_aspo.config_checks import check_world_size  # noqa: E402
+from megatron_aspo.config_file import load_config  # noqa: E402
 
 # Where the ranks run without a container; NeMo-Run itself has an environment of its own.
 PYTHON = os.environ.get("PYTHON", str(ROOT / ".venv/bin/python"))

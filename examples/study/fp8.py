@@ -23,7 +23,8 @@ from megatron.core import parallel_state
 from reasoning_gym import create_dataset
 from torch import Tensor
 
-from megatron_aspo.config import ParallelConfig, PolicyLossConfig, RunConfig, load_config
+from megatron_aspo.config import ParallelConfig, PolicyLossConfig, RunConfig
+from megatron_aspo.config_file import load_config
 from megatron_aspo.distributed import distributed
 from megatron_aspo.fp8 import Fp8Config
 from megatron_aspo.journal import Journal

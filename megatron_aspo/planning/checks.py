@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_aspo.config import RunConfig, check_layout, check_world_size, config_warnings
+from megatron_aspo.config import RunConfig
+from megatron_aspo.config_checks import check_layout, check_world_size, config_warnings
 from megatron_aspo.errors import UserError
 from megatron_aspo.fp8 import check_fp8_layout
 from megatron_aspo.planning.architectures import Shape

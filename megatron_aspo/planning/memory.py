@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_aspo.config import RunConfig, stage_layers
+from megatron_aspo.config import RunConfig
+from megatron_aspo.config_checks import stage_layers
 from megatron_aspo.planning.activations import layer_activations, stage_activations
 from megatron_aspo.planning.architectures import Shape
 from megatron_aspo.planning.gpus import GIB, Gpu

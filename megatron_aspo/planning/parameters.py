@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_aspo.config import ParallelConfig, stage_layers
+from megatron_aspo.config import ParallelConfig
+from megatron_aspo.config_checks import stage_layers
 from megatron_aspo.planning.architectures import Shape
 
 

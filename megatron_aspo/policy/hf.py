@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_aspo.config import ModelConfig, ParallelConfig, check_layout
+from megatron_aspo.config import ModelConfig, ParallelConfig
+from megatron_aspo.config_checks import check_layout
 from megatron_aspo.errors import UserError
 from megatron_aspo.policy.model import Architecture
 from megatron_aspo.policy.trainer import Policy

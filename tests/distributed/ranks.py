@@ -23,14 +23,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
-from megatron_aspo.config import (
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RolloutConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megatron_aspo.config import ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig, RunConfig, TrainConfig
 from megatron_aspo.distributed import distributed
 from megatron_aspo.launch import _die_with_parent, _free_port
 from megatron_aspo.policy import checkpoint

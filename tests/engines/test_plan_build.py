@@ -11,7 +11,7 @@ import torch
 from ranks import run
 from safetensors.torch import load_file, save_file
 
-from megatron_aspo.config import load_config
+from megatron_aspo.config_file import load_config
 from megatron_aspo.errors import UserError
 from megatron_aspo.planning.architectures import PUBLIC
 from megatron_aspo.planning.plan import make_plan

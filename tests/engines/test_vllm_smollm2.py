@@ -11,14 +11,7 @@ import torch
 from ranks import run, run_config
 
 from megatron_aspo.check_rollout import Verdict, check_rollout
-from megatron_aspo.config import (
-    ModelConfig,
-    OptimizerConfig,
-    PolicyLossConfig,
-    RolloutConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megatron_aspo.config import ModelConfig, OptimizerConfig, PolicyLossConfig, RolloutConfig, RunConfig, TrainConfig
 from megatron_aspo.distributed import distributed
 from megatron_aspo.policy.hf import export_weights
 from megatron_aspo.policy.trainer import Policy, UpdateMetrics

@@ -8,16 +8,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_aspo.config import (
-    ClusterConfig,
-    ParallelConfig,
-    PolicyLossConfig,
-    RunConfig,
-    check_world_size,
-    config_warnings,
-    load_config,
-    to_dict,
-)
+from megatron_aspo.config import ClusterConfig, ParallelConfig, PolicyLossConfig, RunConfig, to_dict
+from megatron_aspo.config_checks import check_world_size, config_warnings
+from megatron_aspo.config_file import load_config
 from megatron_aspo.errors import UserError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))

@@ -9,14 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_aspo.check_rollout import likely_causes
-from megatron_aspo.config import (
-    ModelConfig,
-    ParallelConfig,
-    RolloutConfig,
-    RunConfig,
-    config_warnings,
-    load_config,
-)
+from megatron_aspo.config import ModelConfig, ParallelConfig, RolloutConfig, RunConfig
+from megatron_aspo.config_checks import config_warnings
+from megatron_aspo.config_file import load_config
 from megatron_aspo.errors import UserError
 from megatron_aspo.fp8 import Fp8Config, check_fp8_device, check_fp8_layout, stream_multiple
 from megatron_aspo.packing import pack

@@ -78,7 +78,9 @@ def test_the_block_blocks() -> None:
         run_python(BLOCK.format(blocked=("numpy",)) + "import megatron_aspo.packing")
 
 
-@pytest.mark.parametrize("module", ["config", "errors", "types", "cli", "launch", "run_log"])
+@pytest.mark.parametrize(
+    "module", ["config", "config_checks", "config_file", "errors", "types", "cli", "launch", "run_log"]
+)
 def test_what_stays_light(module: str) -> None:
     heavy = {"torch", "megatron", "numpy", "omegaconf", "yaml", "rich", "matplotlib", "reasoning_gym"}
     found = run_python(f"import sys, megatron_aspo.{module}; print(*sorted({heavy!r} & set(sys.modules)))")

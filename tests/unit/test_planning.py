@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_aspo import cli
-from megatron_aspo.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, load_config, stage_layers
+from megatron_aspo.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aspo.config_checks import stage_layers
+from megatron_aspo.config_file import load_config
 from megatron_aspo.errors import UserError
 from megatron_aspo.planning.activations import layer_activations, stage_activations
 from megatron_aspo.planning.architectures import PUBLIC, shape_of, shape_of_hf

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_aspo.config import load_config
+from megatron_aspo.config_file import load_config
 from megatron_aspo.node_check import SILENCE, blame, rank_environment
 
 ROOT = Path(__file__).parents[2]

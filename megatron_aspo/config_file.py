@@ -1,0 +1,114 @@
+"""A configuration from a YAML file and overrides; imports neither torch nor Megatron.
+
+Every type is checked, an unknown key is refused with the nearest name, and the sections are checked against each other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_aspo.config import RunConfig
+from megatron_aspo.config_checks import check_together
+from megatron_aspo.errors import UserError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `a.b=c` overrides in order, validate.
+
+    Raises:
+        UserError: a missing or unreadable file, an unknown key, a value of the wrong type or out of range,
+            or fields that contradict each other.
+    """
+    from omegaconf import OmegaConf  # imported here so that the loss library needs torch alone
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not os.path.isfile(path):  # unlike Path's, it takes a name that is too long for one that is not there
+        raise UserError(f"no configuration file at {path}; see examples/ for ones that run")
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"override {override!r} is not of the form section.field=value")
+    try:
+        loaded = OmegaConf.load(path)
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException, OSError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}; fix the YAML or the override") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a mapping of sections; see examples/ for ones that run")
+    config = _from_mapping(RunConfig, typing.cast("Mapping[str, Any]", values), "")
+    config = _fill_dependent(config)
+    check_together(config)
+    return config
+
+
+def _fill_dependent(config: RunConfig) -> RunConfig:
+    if config.loss.aggregation == "seq-mean-token-sum-norm" and config.loss.norm_length is None:
+        return replace(config, loss=replace(config.loss, norm_length=config.rollout.max_response_tokens))
+    return config
+
+
+def _from_mapping(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
+    """Build the dataclass `cls` from plain containers; `prefix` is the dotted path of errors."""
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(known)}"
+            raise UserError(f"unknown setting {prefix}{key}{hint}")
+    arguments = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()}
+    try:
+        return cls(**arguments)
+    except TypeError:
+        raise UserError(f"{prefix}name is missing; add a line 'name: my-run'") from None
+    except ValueError as error:
+        raise UserError(f"{prefix.rstrip('.') + ': ' if prefix else ''}{error}") from None
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as an instance of the annotation `hint`, or UserError. An int serves where a float is asked."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{path}={value!r} should be a section with fields of its own")
+        return _from_mapping(typing.cast("type[Any]", hint), typing.cast("Mapping[str, Any]", value), f"{path}.")
+    if origin in (types.UnionType, typing.Union):  # the only unions here are `X | None`
+        return None if value is None else _convert(arguments[0], value, path)
+    if origin is Literal:
+        if value not in arguments:
+            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+            hint_text = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{path}={value!r} is not one of {', '.join(map(str, arguments))}{hint_text}")
+        return value
+    if origin is tuple:
+        items = typing.cast("list[Any]", value) if isinstance(value, list) else None
+        if items is None or not all(isinstance(item, str) for item in items):
+            raise UserError(f"{path}={value!r} should be a list of strings")
+        return tuple(items)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{path}={value!r} should be a mapping")
+        return typing.cast("dict[str, Any]", value)
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            value = float(value)  # YAML 1.1 reads 1e-6 as a string
+        except (ValueError, OverflowError):
+            raise UserError(f"{path}={value!r} should be a number") from None
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+        raise UserError(f"{path}={value!r} should be {names.get(hint, hint)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path}={value!r} should be a finite number")
+    return value
