@@ -161,6 +161,19 @@ def full_gradients(policy: Policy) -> dict[str, Tensor]:
     return gradients
 
 
+def gradients_of_steps(policy: Policy) -> list[dict[str, Tensor]]:
+    """A list that each further step of the optimizer adds the whole parameters' gradients to. Call it once."""
+    gradients: list[dict[str, Tensor]] = []
+    step = policy.optimizer.step
+
+    def step_after_a_look() -> Any:
+        gradients.append(full_gradients(policy))
+        return step()
+
+    policy.optimizer.step = step_after_a_look
+    return gradients
+
+
 def full_tensors(policy: Policy) -> dict[str, Tensor]:
     """Whole parameters by name, put together on every rank as Megatron's own checkpoint map says.
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import VOCAB, full_gradients, make_samples, run, run_config, write_weights
-from torch import Tensor
+from ranks import VOCAB, gradients_of_steps, make_samples, run, run_config, write_weights
 
 from megatron_aspo.config import ModelConfig, ParallelConfig, PolicyLossConfig, TrainConfig
 from megatron_aspo.distributed import distributed
@@ -75,14 +74,7 @@ def take_updates(
         policy = Policy(config, VOCAB)
         checkpoint.load_weights(folder / "reference", policy)
         policy.keep_reference()
-        gradients: list[dict[str, Tensor]] = []
-        step = policy.optimizer.step
-
-        def step_after_a_look() -> Any:
-            gradients.append(full_gradients(policy))
-            return step()
-
-        policy.optimizer.step = step_after_a_look
+        gradients = gradients_of_steps(policy)
         for arrangement, (train, losses) in arrangements.items():
             policy.config = replace(config, train=train)
             batches = policy.pack(make_samples()[:count])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from ranks import VOCAB, full_gradients, make_samples, run, run_config, write_weights
+from ranks import VOCAB, gradients_of_steps, make_samples, run, run_config, write_weights
 from torch import Tensor
 
 from megatron_aspo.config import ModelConfig, OptimizerConfig, ParallelConfig, PolicyLossConfig, RunConfig, TrainConfig
@@ -80,14 +80,7 @@ def two_updates(folder: Path, config: RunConfig) -> tuple[dict[str, float], list
         batches = policy.pack(make_samples())
         policy.fill_logprobs(batches, "old_logprobs")
         checkpoint.load_weights(folder / "current", policy)
-        gradients: list[dict[str, Tensor]] = []
-        step = policy.optimizer.step
-
-        def step_after_a_look() -> Any:
-            gradients.append(full_gradients(policy))
-            return step()
-
-        policy.optimizer.step = step_after_a_look
+        gradients = gradients_of_steps(policy)
         metrics = UpdateMetrics()
         for _ in range(2):
             policy.train_step(batches, PolicyLossConfig(), metrics)
