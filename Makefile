@@ -8,8 +8,8 @@ ARGS  ?=
 STUDY ?= spelling
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smollm2 train-smollm2 evidence nemo-run integrations te test test-fast test-loss-alone check dist
-.PHONY: lock clean
+.PHONY: help install demo smollm2 train-smollm2 evidence nemo-run integrations te test test-fast test-loss-alone check docs
+.PHONY: dist lock clean
 
 help: ## list the targets; ARGS="..." is passed on to demo, train-smollm2, test, test-fast and lock
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,6 +67,10 @@ check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+docs: $(STAMP) ## build the documentation's site into build/docs; warnings are errors
+	$(BIN)/python -m sphinx -c docs -E -W --keep-going -q . build/docs
+	@echo build/docs/index.html
 
 dist: $(STAMP) ## build wheel and sdist into dist
 	$(BIN)/python -m hatchling build

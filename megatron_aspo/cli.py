@@ -36,6 +36,29 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `megatron-aspo`."""
+
+    def run() -> int:
+        arguments = parse(build_parser(), argv)
+        if arguments.command == "report":
+            from megatron_aspo.report import print_summary, write_report
+
+            paths = write_report(arguments.run_dirs, arguments.out)
+            print_summary(arguments.run_dirs)
+            print("\n".join(str(path) for path in paths))
+            return 0
+        if arguments.command == "doctor":
+            from megatron_aspo import doctor
+
+            return doctor.main(arguments.json)
+        if arguments.command == "plan":
+            return _plan(arguments)
+        return _run_ranks(arguments)
+
+    return exit_code(run)
+
+
+def build_parser() -> Parser:
+    """Of all commands."""
     parser = Parser(prog="megatron-aspo", description="ASPO reinforcement learning on Megatron-Core.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     names = "train | eval | export | check-rollout | plan | report | doctor"
@@ -62,25 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("--out", type=Path, metavar="FOLDER", help="default: the run's folder; of several, report/")
     doctor = commands.add_parser("doctor", help="look for what is wrong with this machine; exit code 1 if something is")
     doctor.add_argument("--json", action="store_true", help="for programs")
-
-    def run() -> int:
-        arguments = parse(parser, argv)
-        if arguments.command == "report":
-            from megatron_aspo.report import print_summary, write_report
-
-            paths = write_report(arguments.run_dirs, arguments.out)
-            print_summary(arguments.run_dirs)
-            print("\n".join(str(path) for path in paths))
-            return 0
-        if arguments.command == "doctor":
-            from megatron_aspo import doctor
-
-            return doctor.main(arguments.json)
-        if arguments.command == "plan":
-            return _plan(arguments)
-        return _run_ranks(arguments)
-
-    return exit_code(run)
+    return parser
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

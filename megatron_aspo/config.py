@@ -36,8 +36,10 @@ class PolicyLossConfig:
             response_mean_is.
         entropy_quantile: with a value q, tokens whose entropy exceeds the q-quantile of their response use
             `high_entropy_clip` on both sides (the Archer2.0 recipe: 0.8 and 0.4).
+        high_entropy_clip: clip_low and clip_high of these tokens.
         aggregation: how per-token losses become one number. `seq-mean-token-sum-norm` divides every
             response's sum by the constant `norm_length` (Dr. GRPO).
+        norm_length: tokens; for that aggregation alone. In a run null takes `rollout.max_response_tokens`.
         sapo_tau_pos, sapo_tau_neg: temperatures of SAPO's gate.
         kl_coef, kl_estimator: coefficient and estimator of KL(policy || reference); needs `ref_logprobs`.
         kl_tokens: "low_entropy" has the KL term only at tokens at or below the `entropy_quantile` of their response, so
@@ -46,6 +48,7 @@ class PolicyLossConfig:
         rollout_correction: how the policy gradient is weighted by rho = pi_old / pi_rollout, the mismatch between
             trainer and sampler: "truncate" (TIS) by min(rho, rollout_ratio_high), "mask" (MIS, IcePop) by rho
             inside [rollout_ratio_low, rollout_ratio_high] and 0 outside.
+        rollout_ratio_low, rollout_ratio_high: the bounds of rho for it.
         rollout_sequence_low, rollout_sequence_high: responses whose geometric-mean rho lies outside are dropped.
         rollout_veto: responses with a token whose rho is below it are dropped.
     """
@@ -144,10 +147,16 @@ class ModelConfig:
     with a mixture of experts in every layer: Hugging Face weights, or random ones of the shape given here.
 
     Attributes:
-        hf_path: a folder in Hugging Face's format (config.json, *.safetensors, tokenizer files) or a hub id, of a
+        hf_path: a folder in Hugging Face's format (config.json, `*.safetensors`, tokenizer files) or a hub id, of a
             Llama, Qwen2, Qwen3 or Qwen3-MoE model. Shape and tokenizer come from there, and only `dtype`,
             `max_sequence_length` and the coefficients of the router's losses are settings. Empty: random weights.
-        max_sequence_length: of prompt and response together.
+        num_layers, hidden_size, ffn_hidden_size, num_attention_heads: the decoder's shape, in Megatron's words.
+        num_query_groups: heads of keys and values; with as many as `num_attention_heads` attention is not grouped.
+        max_sequence_length: tokens of prompt and response together, at most.
+        rotary_base: the base of the rotary embeddings' frequencies.
+        tie_embeddings: output layer and embedding are one weight.
+        init_std: standard deviation of the initial weights.
+        dtype: of the weights and activations; gradients and optimizer states are float32.
         num_experts: experts of a layer; 0 is a dense model, for which the `moe_` settings mean nothing.
         moe_top_k: experts that each token goes to.
         moe_ffn_hidden_size: of one expert; null takes ffn_hidden_size.
@@ -291,12 +300,9 @@ class RolloutConfig:
         max_rounds: generation rounds per step that dynamic sampling may use to refill dropped groups.
         dynamic_sampling: drop groups whose scores are all equal, and refill. A penalty on length alone keeps no group.
         batch_size: responses decoded at once on a rank.
-
-    What follows is for vLLM.
-
-    Attributes:
-        tensor: consecutive ranks that share one copy of vLLM's weights; it need not be `parallel.tensor`.
-        kv_cache_gb: GiB a rank for keys and values.
+        tensor: consecutive ranks that share one copy of vLLM's weights; it need not be `parallel.tensor`. This and what
+            follows is for vLLM.
+        kv_cache_gb: GiB a rank for vLLM's keys and values.
         sleep_level: what vLLM gives back on a GPU while the policy is trained: 1 its keys and values (the weights wait
             in host memory), 2 its weights too; 0 is nothing.
         refit_bucket_mb: MiB of weights that travel at once from the policy to vLLM.
@@ -373,17 +379,21 @@ class TrainConfig:
     """One step: a rollout batch, then `epochs` passes over its mini-batches, one optimizer update each.
 
     Attributes:
+        steps: rollout batches, of the whole run.
         mini_batch_prompts: prompt groups per optimizer update.
+        epochs: passes over a rollout batch. Mini-batches times epochs are the updates that a batch gets; with one,
+            every ratio is 1 and ASPO does nothing.
         max_tokens_per_micro_batch: upper limit of a packed stream's length, before context parallelism parts it.
         packing: False gives every sample a micro-batch row of its own.
         fused_head: make loss and gradients from the hidden states, chunk by chunk, without logits. False takes the
             model's logits.
         ratio_tolerance: the importance ratio must be 1 on the first mini-batch of a step; a warning tells
-            when max |log r| exceeds this there.
+            when max `|log r|` exceeds this there.
         recompute: what the backward pass computes anew instead of keeping it: "full" whole layers, of which only the
             input is kept; "selective" the parts named in `recompute_modules`.
         recompute_method: with "full": "uniform" recomputes all layers, `recompute_layers` at a time; "block" the first
             `recompute_layers` of every pipeline stage.
+        recompute_layers: see there.
         recompute_modules: with "selective", Megatron's names of what is recomputed.
         release_gradients: free the gradients' buffers from the last update of a step to the first of the next, while
             the rollout engine has the memory.
@@ -433,6 +443,11 @@ class OptimizerConfig:
     """AdamW with a linear warm-up to a constant learning rate (the paper's recipe: 1e-6 after 10 steps).
 
     Attributes:
+        lr: the learning rate after the warm-up.
+        lr_warmup_updates: optimizer updates over which it rises from 0.
+        weight_decay: decoupled; not of biases and norms.
+        adam_beta1, adam_beta2, adam_eps: Adam's.
+        clip_grad: largest norm of the gradient; a longer one is scaled down to it. 0 is no limit.
         cpu_offload: fraction of the parameters whose optimizer state (float32 weights and moments) lies in host memory,
             where they are updated too.
         moments_dtype: of Adam's moments; bfloat16 is Transformer Engine's, for a GPU only.
@@ -468,7 +483,14 @@ class WarmupConfig:
     """Supervised warm-up of a model that starts from random weights, through the same training step.
 
     It imitates a pre-training corpus: `wrong_fraction` of the demonstrations carry a wrong answer.
-    Its result is cached under `cache_dir`, keyed by everything that went into it.
+    Its result is cached, keyed by everything that went into it.
+
+    Attributes:
+        updates: optimizer updates; 0 is no warm-up.
+        batch_prompts: demonstrations an update.
+        lr: its learning rate, constant.
+        wrong_fraction: share of demonstrations with a wrong answer.
+        cache_dir: where results are kept.
     """
 
     updates: int = 0
@@ -512,8 +534,13 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on the held-out prompts: the mean over `responses_per_prompt` samples at `temperature`
-    (avg@k), and greedy. `every=0` evaluates only before and after training."""
+    """Evaluation on the held-out prompts while training: the mean over samples (avg@k), and greedy.
+
+    Attributes:
+        every: steps between evaluations; 0 evaluates only before and after training.
+        responses_per_prompt: k, samples of each prompt.
+        temperature: of these samples.
+    """
 
     every: int = 10
     responses_per_prompt: int = 4
@@ -530,7 +557,12 @@ GPUS = ("a100", "h100", "h200", "b200")
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The machines that a run is meant for. Nothing is started by it: it is what `megatron-aspo plan` plans for."""
+    """The machines that a run is meant for. Nothing is started by it: it is what `megatron-aspo plan` plans for.
+
+    Attributes:
+        nodes, gpus_per_node: how many.
+        gpu: of which kind: a100, h100, h200 or b200.
+    """
 
     nodes: int = 1
     gpus_per_node: int = 8
@@ -547,7 +579,13 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run."""
+    """A whole run.
+
+    Attributes:
+        name: of the run; its folder is `output_dir/name`.
+        output_dir: the folder of all runs.
+        seed: of initial weights and sampling. Problems have seeds of their own (`data.seed`, `data.eval_seed`).
+    """
 
     name: str
     output_dir: str = "runs"

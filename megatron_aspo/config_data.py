@@ -24,7 +24,8 @@ class SourceConfig:
     """Where problems come from: a procedural task of reasoning-gym, or files.
 
     Attributes:
-        task, task_args: of reasoning-gym, whose own verifier scores the answers.
+        task: of reasoning-gym, by name; its own verifier scores the answers.
+        task_args: its parameters.
         curriculum: stages of other `task_args`.
         path: *.parquet, *.jsonl or *.json files, a pattern of them, or a folder.
         eval_path: the same for held-out problems; empty: some of `path` are held out of training.
@@ -102,8 +103,10 @@ class DataConfig(SourceConfig):
     without, messages are joined by line breaks.
 
     Attributes:
-        sources: drawn from by their weights, in a fixed order.
-        eval_prompts: of all sources together, by their weights.
+        sources: drawn from by their weights, in a fixed order; each is a mapping with the settings above.
+        chat_template: format prompts as a chat.
+        seed, eval_seed: of the order of training prompts, and of the choice of held-out ones.
+        eval_prompts: how many are held out, of all sources together, by their weights.
         overlong_prompts: of a prompt that does not fit into `model.max_sequence_length` beside the longest
             response: "refuse" ends the run, "filter" takes the next problem instead, and counts.
         cache_dir: files are read once and kept there in a form that is mapped into memory.

@@ -94,6 +94,7 @@ class RewardConfig:
     Attributes:
         overlong_buffer: the last tokens of the response's budget, over which a penalty grows linearly from 0 to
             `overlong_penalty` (DAPO, arXiv 2503.14476, eq. 13); 0 is no penalty. DAPO takes 4096 of 20480, Archer 16.
+        overlong_penalty: the penalty at the limit; the reward is the score less it.
         overlong_filter: responses that were cut at the limit do not enter the loss. They still count in their
             group's mean and standard deviation.
         math, code: how these verifiers work.

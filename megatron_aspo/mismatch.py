@@ -17,8 +17,8 @@ def measure_mismatch(mini_batches: Sequence[Sequence[MicroBatch]]) -> dict[str, 
     Collective; `old_logprobs` must have been filled in.
 
     Returns:
-        logprob_diff: mean of |d|.
-        logprob_diff_max: largest |d|.
+        logprob_diff: mean of `|d|`.
+        logprob_diff_max: largest `|d|`.
         logprob_bias: mean of d; with the same distributions it is about -kl.
         kl: mean of exp(d) - 1 - d, an estimate of KL(π_rollout || π_old) that is never negative (k3).
         outside: share of tokens whose ratio exp(d) lies outside `RATIO_BAND`.

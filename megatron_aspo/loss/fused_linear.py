@@ -74,8 +74,9 @@ def fused_linear_policy_loss(
         weight: [V/tp, H], of hidden's type; rank k holds the rows of tokens [k V/tp, (k+1) V/tp).
         targets: [...] global token ids, of hidden's shape without H (with `sequence_parallel` the first dimension
             times tp). Masked slots may hold anything, and so may `hidden` there.
-        old_logprobs, advantages, loss_mask, ref_logprobs, rollout_logprobs, sequence_ids, cp_group, response_terms,
-            allow_empty: as in `policy_loss`, of the shape of `targets`.
+        old_logprobs, advantages, loss_mask, ref_logprobs, rollout_logprobs: of the shape of `targets`, as in
+            `policy_loss`.
+        sequence_ids, cp_group, response_terms, allow_empty: as in `policy_loss`.
         tp_group: the tensor-parallel group, or None when the vocabulary is whole. All its ranks pass the same tokens.
         sequence_parallel: `hidden` is split over `tp_group` along its first dimension.
         chunk_size: tokens worked on at once, at most.
@@ -86,7 +87,7 @@ def fused_linear_policy_loss(
 
     Returns:
         LossOutput: mean loss = `loss_sum / denominator`; `logprobs` and `entropy` have the shape of `targets`, and
-            are 0 where masked.
+        are 0 where masked.
 
     Raises:
         ValueError: shapes, types, ids, groups or numbers do not fit; before any collective.

@@ -97,7 +97,7 @@ def megatron_loss_head(
 ) -> LossOutput:
     """The fused head in the place of GPTModel's output layer: its `output_processor`.
 
-    In a forward step, with `calculate_per_token_loss=True`:
+    In a forward step, with `calculate_per_token_loss=True`::
 
         output = model(tokens, positions, None, output_processor=megatron_loss_head,
                        output_processor_context={"targets": labels, "old_logprobs": old, ...})

@@ -1,0 +1,147 @@
+"""What Sphinx lacks for these pages: formulas without JavaScript, references of settings and commands."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import json
+import re
+import types
+import typing
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+from sphinx.writers.html5 import HTML5Translator
+
+from megatron_aspo.cli import build_parser
+
+_LINE = re.compile(r"    (\w+(?:, \w+)*): (.*)")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
+    app.add_directive("settings", Settings)
+    app.add_directive("commands", Commands)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _inline_math(writer: HTML5Translator, node: nodes.math) -> None:
+    writer.body.append(str(tex2mathml(node.astext())))
+    raise nodes.SkipNode
+
+
+def _block_math(writer: HTML5Translator, node: nodes.math_block) -> None:
+    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>\n')
+    raise nodes.SkipNode
+
+
+class Settings(SphinxDirective):
+    """`.. settings:: module.Class`: a table of a dataclass's fields, and one for each field that is a dataclass, with
+    what the docstrings say of them."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        module, name = self.arguments[0].rsplit(".", 1)
+        lines = settings_lines(getattr(importlib.import_module(module), name), "")
+        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+
+def settings_lines(settings: type[Any], prefix: str) -> list[str]:
+    """The tables as reStructuredText."""
+    hints = typing.get_type_hints(settings)
+    sections = sections_of(settings)
+    summary, meaning = documented_fields(settings)
+    lines = [summary, "", ".. list-table::", "   :header-rows: 1", "   :widths: 32 18 50", ""]
+    lines += ["   * - setting", "     - default", "     - meaning"]
+    for field in dataclasses.fields(settings):
+        if sections[field.name] is not None:
+            continue
+        default = "" if _default(field) is None else f"``{_default(field)}``"
+        lines += [f"   * - ``{prefix}{field.name}``", f"     - {default}"]
+        lines += [f"     - {meaning.get(field.name, '')}{_choices(hints[field.name])}"]
+    lines += [""]
+    for name, inner in sections.items():
+        if inner is not None:
+            title = f"``{prefix}{name}``"
+            lines += [
+                "",
+                title,
+                ("-" if not prefix else "^") * len(title),
+                "",
+                *settings_lines(inner, f"{prefix}{name}."),
+            ]
+    return lines
+
+
+def sections_of(settings: type[Any]) -> dict[str, type[Any] | None]:
+    """Of each field the dataclass that it holds, also where that may be missing; None for a plain value or a list."""
+    hints = typing.get_type_hints(settings)
+    kinds = {
+        name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints.items()
+    }
+    fields = dataclasses.fields(settings)
+    return {f.name: next((kind for kind in kinds[f.name] if dataclasses.is_dataclass(kind)), None) for f in fields}
+
+
+def documented_fields(settings: type[Any]) -> tuple[str, dict[str, str]]:
+    """A dataclass's docstring without its attributes, and what it says of each of its (and its bases') fields."""
+    meaning: dict[str, str] = {}
+    summary: list[str] = []
+    for cls in reversed([c for c in settings.__mro__ if dataclasses.is_dataclass(c)]):
+        summary, names = [], []
+        for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+            if line == "Attributes:":
+                names = [""]
+            elif line and not line.startswith(" "):
+                names = []
+            if not names:
+                summary.append(line)
+            elif found := _LINE.fullmatch(line):
+                names = found[1].split(", ")
+                meaning |= dict.fromkeys(names, found[2])
+            elif line.strip() and names != [""]:
+                meaning |= {name: f"{meaning[name]} {line.strip()}" for name in names}
+    return "\n".join(summary).strip(), meaning
+
+
+def _default(field: dataclasses.Field[Any]) -> str | None:
+    """As it is written in YAML; None for a field that must be set."""
+    factory = field.default_factory
+    value = factory() if factory is not dataclasses.MISSING else field.default
+    if value is dataclasses.MISSING:
+        return None
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def _choices(hint: Any) -> str:
+    allowed = [
+        str(a)
+        for t in (hint, *typing.get_args(hint))
+        if typing.get_origin(t) is typing.Literal
+        for a in typing.get_args(t)
+    ]
+    return f" One of {', '.join(f'``{a}``' for a in allowed)}." if allowed else ""
+
+
+class Commands(SphinxDirective):
+    """`.. commands::`: the help of `megatron-aspo` and of each of its commands."""
+
+    def run(self) -> list[nodes.Node]:
+        parser = build_parser()
+        (subparsers,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        found: list[nodes.Node] = []
+        for name, command in subparsers.choices.items():
+            section = nodes.section(ids=[f"megatron-aspo-{name}"])
+            text = command.format_help()
+            section += [
+                nodes.title("", "", nodes.literal("", f"megatron-aspo {name}")),
+                nodes.literal_block(text, text, language="text"),
+            ]
+            found.append(section)
+        return found
