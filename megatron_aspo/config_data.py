@@ -27,7 +27,7 @@ class SourceConfig:
         task: of reasoning-gym, by name; its own verifier scores the answers.
         task_args: its parameters.
         curriculum: stages of other `task_args`.
-        path: *.parquet, *.jsonl or *.json files, a pattern of them, or a folder.
+        path: `*.parquet`, `*.jsonl` or `*.json` files, a pattern of them, or a folder.
         eval_path: the same for held-out problems; empty: some of `path` are held out of training.
         columns: which column is the `prompt` (text, or a list of messages with role and content), the `answer` and the
             `data_source`, where the usual names are not there; a dotted name leads into a column of records. Of code
