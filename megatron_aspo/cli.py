@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from megatron_aspo import __version__
 from megatron_aspo.config import GPUS, RunConfig, colocated
-from megatron_aspo.config_checks import check_world_size
+from megatron_aspo.config_checks import check_hugging_face, check_installed, check_world_size
 from megatron_aspo.config_file import load_config
 from megatron_aspo.errors import RunError, UserError
 from megatron_aspo.evaluation.options import add_benchmark_arguments, benchmark_arguments
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         arguments = parse(build_parser(), argv)
+        check_installed()
         if arguments.command == "report":
             from megatron_aspo.report import print_summary, write_report
 
@@ -229,6 +230,8 @@ def _run_ranks(arguments: argparse.Namespace) -> int:
         raise UserError(f"--nproc={ranks} must be >= 1")
     check_world_size(config, ranks)
     # What the ranks would find out after their slow imports.
+    if config.model.hf_path:
+        check_hugging_face()
     if arguments.command != "export":
         check_engine(config.rollout)
     if arguments.command == "train":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import typing
 from collections.abc import Mapping
@@ -108,6 +109,36 @@ def config_warnings(config: RunConfig) -> list[str]:
             "pi_old / pi_rollout"
         )
     return warnings
+
+
+HUGGING_FACE = ("transformers==5.19.0", "safetensors==0.8.0", "hydra-core==1.3.8", "einops==0.8.2")
+MEGATRON_BRIDGE = "megatron-bridge==0.6.2"
+"""With HUGGING_FACE what `model.hf_path` needs; of what Megatron-Bridge itself asks for pip finds no set that fits."""
+
+
+def check_installed() -> None:
+    """Raise UserError where the package was installed without its dependencies, for the loss alone."""
+    if importlib.util.find_spec("omegaconf") is None:
+        raise UserError(
+            "the command line needs the package's dependencies, which are not installed; install it again without "
+            "--no-deps, or in a checkout by make install (megatron_aspo.loss needs torch alone)"
+        )
+
+
+def check_hugging_face() -> None:
+    """Raise UserError unless what reads Hugging Face models is installed."""
+    modules = ("transformers", "safetensors", "hydra", "einops", "megatron.bridge")
+    missing = [name for name in modules if not _is_there(name)]
+    if missing:
+        raise UserError(
+            f"model.hf_path needs {', '.join(missing)}, not installed; run make install in a checkout, or "
+            f"pip install {' '.join(HUGGING_FACE)} && pip install --no-deps {MEGATRON_BRIDGE}"
+        )
+
+
+def _is_there(module: str) -> bool:
+    package = module.partition(".")[0]
+    return all(importlib.util.find_spec(name) is not None for name in dict.fromkeys((package, module)))
 
 
 def check_world_size(config: RunConfig, world_size: int) -> None:

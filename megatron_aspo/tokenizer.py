@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from megatron_aspo.config import RunConfig
+from megatron_aspo.config_checks import check_hugging_face
 from megatron_aspo.data.problem import Content
 from megatron_aspo.errors import UserError
 
@@ -44,6 +45,7 @@ class Tokenizer(Protocol):
 def load_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer of `model.hf_path`, or characters."""
     if config.model.hf_path:
+        check_hugging_face()
         return HuggingFaceTokenizer(config.model.hf_path, config.data.chat_template)
     return AsciiTokenizer()
 

@@ -6,6 +6,7 @@ planned where neither the hub nor the weights are. A folder's own config.json go
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -240,10 +241,8 @@ def find_hf_config(path: str) -> dict[str, Any]:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = None if Path(path).is_absolute() else _or_none(try_to_load_from_cache, path, "config.json")
-        if not isinstance(cached, str):
+        cached = None if Path(path).is_absolute() else _downloaded(path, "config.json")
+        if cached is None:
             if path in PUBLIC:
                 return PUBLIC[path]
             raise UserError(
@@ -257,13 +256,18 @@ def find_hf_config(path: str) -> dict[str, Any]:
         raise UserError(f"cannot read {file}: {error}; it should be a model's config.json") from None
 
 
-def _or_none(load: Any, path: str, name: str) -> Any:
+def _downloaded(path: str, name: str) -> str | None:
+    """The file of a hub model where it has been downloaded to; a plan needs no Hugging Face packages."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return load(path, name)
+        file = try_to_load_from_cache(path, name)
     except HFValidationError:  # no id of the hub
         return None
+    return file if isinstance(file, str) else None
 
 
 def shape_of(config: ModelConfig, vocab_size: int) -> Shape:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_aspo.config import ModelConfig, ParallelConfig
-from megatron_aspo.config_checks import check_layout
+from megatron_aspo.config_checks import check_hugging_face, check_layout
 from megatron_aspo.errors import UserError
 from megatron_aspo.policy.model import Architecture
 from megatron_aspo.policy.trainer import Policy
@@ -99,8 +99,7 @@ def _import_auto_bridge() -> Any:
     One of its modules, for adapters, imports Transformer Engine unconditionally. Megatron-Core, which is imported by
     now, has found out already that there is none.
     """
-    if importlib.util.find_spec("megatron.bridge") is None:
-        raise UserError("model.hf_path needs Megatron-Bridge; install it: uv pip install -p .venv -e '.[hf]'")
+    check_hugging_face()
     root = logging.getLogger()
     handlers, level, disabled = root.handlers[:], root.level, root.manager.disable
     logging.disable(logging.ERROR)

@@ -57,8 +57,8 @@ def check_engine(config: RolloutConfig) -> None:
     name, version = next(((name, version) for name, version in found if version is not None), ("", ""))
     if not version:
         raise UserError(
-            "rollout.engine=vllm needs vLLM, which is not installed; make install brings its build for CPUs, "
-            "or set rollout.engine=megatron"
+            "rollout.engine=vllm needs vLLM, which is not installed; in a checkout make install brings its build for "
+            "CPUs, pip install vllm==0.32.0 the one for GPUs; or set rollout.engine=megatron"
         )
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or not SUPPORTED_VLLM[0] <= (int(numbers[1]), int(numbers[2])) < SUPPORTED_VLLM[1]:

@@ -161,9 +161,40 @@ def test_without_vllm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
     message = complaint(capsys, "train", "run.yaml", "rollout.engine=vllm")
     assert message == (
-        "rollout.engine=vllm needs vLLM, which is not installed; make install brings its build for CPUs, "
-        "or set rollout.engine=megatron"
+        "rollout.engine=vllm needs vLLM, which is not installed; in a checkout make install brings its build for CPUs, "
+        "pip install vllm==0.32.0 the one for GPUs; or set rollout.engine=megatron"
     )
+
+
+@pytest.mark.parametrize(
+    "command", ["train run.yaml", "eval run.yaml", "export run.yaml out", "check-rollout run.yaml"]
+)
+def test_without_hugging_face_packages(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    import omegaconf  # noqa: F401  (what reads the configuration is there)
+
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
+    for module in ("transformers", "safetensors", "hydra", "einops", "megatron", "megatron.bridge"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    Path("run.yaml").write_text("name: t\nmodel: {hf_path: Qwen/Qwen2.5-0.5B}\n")
+    lock = (Path(__file__).parents[2] / "requirements.txt").read_text(encoding="utf-8")
+    pins = {name: f"{name}=={version}" for name, version in re.findall(r"^([\w.-]+)==(\S+)", lock, re.MULTILINE)}
+    names = " ".join(pins[name] for name in ("transformers", "safetensors", "hydra-core", "einops"))
+    assert complaint(capsys, *command.split()) == (
+        "model.hf_path needs transformers, safetensors, hydra, einops, megatron.bridge, not installed; run make "
+        f"install in a checkout, or pip install {names} && pip install --no-deps {pins['megatron-bridge']}"
+    )
+
+
+def test_without_dependencies(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "omegaconf", raising=False)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
+    for argv in (["train", "run.yaml"], ["plan", "run.yaml"], ["report", "runs/t"], ["doctor"]):
+        message = complaint(capsys, *argv)
+        assert message.startswith(
+            "the command line needs the package's dependencies, which are not installed; install "
+        )
 
 
 def test_a_padded_sample_must_fit(capsys: pytest.CaptureFixture[str]) -> None:
