@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import zlib
 from functools import partial
 from pathlib import Path
@@ -31,6 +36,7 @@ from watch import Watch
 from megatron_aspo.config import ParallelConfig
 from megatron_aspo.distributed import distributed
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
+from megatron_aspo.loss.objectives import LOG_RATIO_LIMIT
 from megatron_aspo.policy.model import _block_spec, initialize_parallel
 
 pytestmark = pytest.mark.distributed
@@ -40,7 +46,24 @@ README = ADAPTER.with_name("README.md").read_text(encoding="utf-8")
 BATCH, SEQUENCE, MICRO_BATCHES = 3, 10, 3
 LOGITS = BATCH * SEQUENCE * VOCAB * 4
 """Bytes of a micro-batch's, in float32."""
-LOSS = PolicyLossConfig(kl_coef=0.1)
+ARGS = SimpleNamespace(
+    grpo_clamp_eps_lower=0.1,
+    grpo_clamp_eps_upper=0.3,
+    grpo_kl_beta=0.1,
+    grpo_entropy_term_weight=0.02,
+    rl_inference_logprobs_is_correction=True,
+    rl_importance_sampling_truncation_coef=1.5,
+)
+LOSS = PolicyLossConfig(
+    clip_low=0.1,
+    clip_high=0.3,
+    kl_coef=0.1,
+    entropy_coef=0.02,
+    rollout_correction="truncate",
+    rollout_ratio_low=0.0,
+    rollout_ratio_high=1.5,
+)
+"""What `ARGS` ask for."""
 LAYOUTS = {
     "alone": (1, ParallelConfig()),
     "tp2": (2, ParallelConfig(tensor=2)),
@@ -97,13 +120,18 @@ def existing_model(parallel: ParallelConfig, packed: bool = False) -> Distribute
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
     )
+    set_weights(model)
+    return DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+
+
+def set_weights(model: GPTModel) -> GPTModel:
     for tensor in nested_values(model.sharded_state_dict()):
         if isinstance(tensor, ShardedTensor) and tensor.data is not None:
             whole = torch.randn(tensor.global_shape, generator=generator(tensor.key))
             centre = 1.0 if "norm" in tensor.key and tensor.key.endswith("weight") else 0.0
             with torch.no_grad():
                 tensor.data.copy_(centre + 0.3 * whole[tensor.global_slice()])
-    return DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    return model
 
 
 def generator(name: str) -> torch.Generator:
@@ -222,10 +250,10 @@ def in_train_rl(aspo: ModuleType, model: Any, given: dict[str, Tensor]) -> Any:
         "seq_starts": STARTS,
         "seq_lengths": [SEQUENCE] * BATCH,
         "packed_seq_params": PACKED,
-        "args": SimpleNamespace(grpo_clamp_eps_lower=0.2, grpo_clamp_eps_upper=0.2, grpo_kl_beta=LOSS.kl_coef),
+        "args": ARGS,
     }
     (lines,) = (block for block in blocks("python") if "rl_batch(" in block)
-    names = {"PolicyLossConfig": PolicyLossConfig, "rl_batch": aspo.rl_batch, "aspo_step": aspo.aspo_step}
+    names: dict[str, Any] = {name: getattr(aspo, name) for name in ("aspo_step", "rl_batch", "rl_config")}
     body = "".join(f"    {line}\n" for line in lines.splitlines())
     exec(f"def step({', '.join(variables_there)}):\n{body}", names)
     step: Any = names["step"]
@@ -340,15 +368,74 @@ def test_a_mean_per_micro_batch_is_refused() -> None:
     assert "ValueError: ASPO's loss is a sum over tokens: run Megatron with --calculate-per-token-loss" in output
 
 
-def unknown_flags() -> list[str]:
+# --- The page's commands ---
+
+
+def flags(*changes: str) -> tuple[list[str], PolicyLossConfig]:
+    """Those of the page's command that Megatron's parser does not know, and what `rl_config` makes of the others."""
     from megatron.training.arguments import add_megatron_arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_megatron_arguments(parser)
-    (command,) = (shlex.split(block.replace("\\\n", " ")) for block in blocks("bash") if "torchrun" in block)
-    _, unknown = parser.parse_known_args(command[command.index("train_rl.py") + 1 :])
-    return unknown
+    (command,) = (shlex.split(block.replace("\\\n", " ")) for block in blocks("bash") if "train_rl.py" in block)
+    known, unknown = parser.parse_known_args([*command[command.index("train_rl.py") + 1 :], *changes])
+    return unknown, adapter().rl_config(known)
 
 
 def test_megatrons_parser_takes_the_pages_command() -> None:
-    assert run(1, unknown_flags) == [[]]
+    unknown, config = run(1, flags)[0]
+    assert unknown == []
+    assert (config.objective, config.clip_low, config.clip_high, config.dual_clip) == ("aspo", 0.2, 0.2, 3.0)
+    assert (config.kl_coef, config.entropy_coef, config.rollout_correction) == (0, 0, "none")
+
+
+def test_the_correction_without_a_limit_has_none() -> None:
+    _, config = run(1, flags, "--rl-inference-logprobs-is-correction")[0]
+    assert config.rollout_correction == "truncate"
+    assert config.rollout_ratio_high > torch.tensor(LOG_RATIO_LIMIT).exp()
+
+
+def test_the_flags_are_read() -> None:
+    assert adapter().rl_config(ARGS) == LOSS
+
+
+def loop(weights: bool, arguments: list[str]) -> list[dict[str, float]]:
+    sys.path.insert(0, str(ADAPTER.parent))
+    module: Any = importlib.import_module("train_loop")
+    if weights:  # that do not depend on the layout
+        made = module.existing_model
+        module.existing_model = lambda config: set_weights(made(config))
+    return module.main(arguments)
+
+
+def test_the_loop_is_the_same_on_four_ranks_as_on_one() -> None:
+    (alone,) = run(1, loop, True, [])
+    split = run(4, loop, True, ["--tensor", "2", "--pipeline", "2"])
+    data_parallel = run(2, loop, True, [])
+    for history in (split[2], split[3], *data_parallel):
+        assert len(history) == len(alone) == 4
+        for found, expected in zip(history, alone, strict=True):
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    first, *_, last = alone
+    assert (first["aspo/ratio_pos"], first["aspo/approx_kl"]) == pytest.approx((1, 0), abs=1e-6)
+    assert last["aspo/ratio_pos"] > 1.02
+    assert last["aspo/ratio_neg"] < 0.98
+    assert last["aspo/weight_pos"] < 1  # against the ratio
+
+
+@pytest.mark.slow
+def test_the_loops_command_runs_as_it_stands() -> None:
+    (command,) = (block for block in blocks("bash") if "train_loop.py" in block)
+    done = subprocess.run(
+        ["bash", "-c", f"{Path(sys.executable).parent}/{command}"],
+        cwd=ADAPTER.parent,
+        env=os.environ | {"PYTHONPATH": str(ADAPTER.parents[3]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["update"] for line in lines] == [0, 1, 2, 3]
+    assert lines[0]["aspo/ratio_pos"] == 1 < lines[3]["aspo/ratio_pos"]

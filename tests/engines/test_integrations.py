@@ -24,7 +24,7 @@ def run_tests(python: str | Path, folders: list[str], tests: int) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,11 +35,34 @@ def run_tests(python: str | Path, folders: list[str], tests: int) -> None:
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="no verl, no TRL: make integrations")
 def test_the_adapters_in_their_frameworks() -> None:
-    run_tests(PYTHON, ["verl", "trl"], 26 + 13)
+    run_tests(PYTHON, ["verl", "trl"], 28 + 21)
 
 
 def test_the_adapters_by_the_published_interfaces() -> None:
-    run_tests(sys.executable, ["slime", "nemo_rl"], 6 + 7)
+    run_tests(sys.executable, ["slime", "nemo_rl"], 18 + 14)
+
+
+def test_the_plain_loop_needs_torch_alone() -> None:
+    """The first code of the TRL page, where importing anything that `make install` adds to torch is an error."""
+    (code, *_) = re.findall(r"^```python\n(.*?)^```", (FOLDERS / "trl/README.md").read_text(), re.MULTILINE | re.DOTALL)
+    script = f"""
+import sys
+import torch
+there = {{name.partition(".")[0] for name in sys.modules}} | sys.stdlib_module_names | {{"megatron_aspo"}}
+
+class Only:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in there:
+            raise AssertionError(f"the plain loop imports {{name}}")
+
+sys.meta_path.insert(0, Only())
+torch.manual_seed(0)
+{code}
+assert out.metrics["approx_kl"][0] > 0
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_adapters_are_short() -> None:

@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_aspo.loss import LossOutput, PolicyLossConfig, megatron_loss_func, megatron_loss_head, megatron_loss_tuple
 
@@ -38,12 +39,9 @@ def aspo_step(
     if not megatron.calculate_per_token_loss:
         raise ValueError("ASPO's loss is a sum over tokens: run Megatron with --calculate-per-token-loss")
     # The vocabulary's padding keeps its probability (no vocab_size): Megatron-LM's old log-probs have it too.
-    arguments = {
-        **batch,
-        "config": config,
-        "tp_group": parallel_state.get_tensor_model_parallel_group(),
-        "cp_group": parallel_state.get_context_parallel_group(),
-    }
+    groups = {"tp_group": parallel_state.get_tensor_model_parallel_group()}
+    groups["cp_group"] = parallel_state.get_context_parallel_group()
+    arguments: dict[str, Any] = {**batch, **groups, "config": config}
     # Megatron's wrapper of 16-bit models would copy the logits to float32.
     options: dict[str, Any] = {"fp32_output": False} if megatron.bf16 or megatron.fp16 else {}
     if fused:
@@ -56,13 +54,25 @@ def aspo_step(
 
 def loss_func(output: Any, **arguments: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss sum, denominator, and metrics as Megatron-LM's training loop averages them: [sum, count] each."""
-    if isinstance(output, LossOutput):
-        loss_sum, denominator, reported = megatron_loss_tuple(output)
-    else:
-        loss_sum, denominator, reported = megatron_loss_func(output, **arguments)
+    made = isinstance(output, LossOutput)
+    loss_sum, denominator, reported = megatron_loss_tuple(output) if made else megatron_loss_func(output, **arguments)
     # A mean over no token at all shall read 0: Megatron-LM takes NaN for a failed iteration.
     pairs = {name: torch.stack([total, count.clamp(min=1e-6)]) for name, (total, count) in reported["metrics"].items()}
     return loss_sum, denominator, {f"aspo/{name}": pair for name, pair in pairs.items()}
+
+
+def rl_config(args: Any) -> PolicyLossConfig:
+    """What `train_rl.py`'s flags ask for; the entropy term is the exact entropy's."""
+    return PolicyLossConfig(
+        objective="aspo",
+        clip_low=args.grpo_clamp_eps_lower,
+        clip_high=args.grpo_clamp_eps_upper,
+        kl_coef=args.grpo_kl_beta,
+        entropy_coef=args.grpo_entropy_term_weight,
+        rollout_correction="truncate" if args.rl_inference_logprobs_is_correction else "none",
+        rollout_ratio_low=0.0,
+        rollout_ratio_high=args.rl_importance_sampling_truncation_coef or 1e9,  # no ratio exceeds e^20
+    )
 
 
 def rl_batch(
@@ -84,14 +94,7 @@ def rl_batch(
         ids.fill_(len(seq_starts))  # what no sequence covers, and is masked
         for i, (start, length) in enumerate(zip(seq_starts, seq_lengths, strict=True)):
             ids[0, start : start + length] = i
-    names = ("targets", "loss_mask", "old_logprobs", "ref_logprobs", "rollout_logprobs")
-    values = (tokens[:, 1:], loss_mask, old_logprobs, ref_logprobs, inference_logprobs)
-    # The last position has no label.
-    padded = {
-        name: None if v is None else torch.nn.functional.pad(v, (0, 1)) for name, v in zip(names, values, strict=True)
-    }
-    return {
-        **padded,
-        "advantages": torch.nn.functional.pad(advantages.flatten().float(), (0, 1))[ids],
-        "sequence_ids": ids,
-    }
+    labels = {"targets": tokens[:, 1:], "loss_mask": loss_mask, "old_logprobs": old_logprobs}  # the last has none
+    labels |= {"ref_logprobs": ref_logprobs, "rollout_logprobs": inference_logprobs}
+    batch = {name: None if value is None else pad(value, (0, 1)) for name, value in labels.items()}
+    return {**batch, "advantages": pad(advantages.flatten().float(), (0, 1))[ids], "sequence_ids": ids}

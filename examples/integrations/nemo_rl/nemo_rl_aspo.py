@@ -33,7 +33,9 @@ class ASPOLossFn(ClippedPGLossFn):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if wrong := [name for name in REFUSED if getattr(self, name, None)]:
-            raise ValueError(f"ASPOLossFn does not take loss_fn.{', loss_fn.'.join(wrong)}: see its README")
+            raise ValueError(
+                f"ASPOLossFn does not take loss_fn.{', loss_fn.'.join(wrong)}: leave it out (see its README)"
+            )
         self.policy_loss = PolicyLossConfig(
             objective="aspo",
             clip_low=self.ratio_clip_min,

@@ -66,17 +66,25 @@ def aspo_loss(
         "soft_clipfrac": (flipped > config.dual_clip) & (advantages != 0) & ~outside,
         "ppo_kl": old_logprobs - logprobs.detach(),
     }
+    if rollout := batch.get("rollout_log_probs"):
+        against = logprobs.detach() if args.use_rollout_logprobs else old_logprobs
+        reported["train_rollout_logprob_abs_diff"] = (against - torch.cat(rollout)).abs()
     log = {name: sum_of_sample_mean(values.to(logprobs.dtype)).detach() for name, values in reported.items()}
     pg_loss, mean_entropy = out.loss_sum.detach(), mean_entropy.detach()
     return loss, {"loss": loss.detach(), "pg_loss": pg_loss, "entropy_loss": mean_entropy, **log}
 
 
 def _refuse(args: Namespace) -> None:
+    """What asks for another objective, or for a term that this loss does not have."""
+    estimator = args.advantage_estimator
     asked = {
         "--kl-loss-coef": args.use_kl_loss and args.kl_loss_coef != 0,
         "--use-tis": args.use_tis,
         "--use-opsm": args.use_opsm,
         "--get-mismatch-metrics": args.get_mismatch_metrics,
+        "--use-score-centering": getattr(args, "use_score_centering", False),
+        "--custom-pg-loss-reducer-function-path": getattr(args, "custom_pg_loss_reducer_function_path", None),
+        f"--advantage-estimator {estimator}": estimator in ("gspo", "cispo"),
     }
     if names := [name for name, value in asked.items() if value]:
-        raise ValueError(f"slime_aspo.aspo_loss does not take {', '.join(names)}: see its README")
+        raise ValueError(f"slime_aspo.aspo_loss does not take {', '.join(names)}: leave it out (see its README)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 FOLDER = Path(__file__).parent
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -67,6 +69,7 @@ def command(flag: str) -> str:
 
 def arguments(**changes: Any) -> Namespace:
     given = {
+        "advantage_estimator": "grpo",
         "eps_clip": 0.2,
         "eps_clip_high": None,
         "eps_clip_c": None,
@@ -109,16 +112,30 @@ def reduction(masks: list[Tensor], per_token: bool) -> Callable[[Tensor], Tensor
     return reduce
 
 
-def test_slimes_call_fits(aspo_loss: Callable[..., Any]) -> None:
+INSTALLED = importlib.util.find_spec("slime") is not None
+
+
+def test_slimes_call_fits(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """And, where slime is installed, what is called there still has the parameters of here."""
+    if INSTALLED:
+        there = importlib.import_module("slime.backends.megatron_utils.loss")
+        assert list(inspect.signature(there.policy_loss_function).parameters) == CALLED_WITH
+        assert list(inspect.signature(there.get_rollout_top_p_logprob_kwargs).parameters) == ["args", "batch"]
+        passed = inspect.signature(get_log_probs_and_entropy).parameters
+        assert set(passed) <= set(inspect.signature(there.get_log_probs_and_entropy).parameters)
+    aspo_loss = request.getfixturevalue("aspo_loss")
     assert list(inspect.signature(aspo_loss).parameters) == CALLED_WITH
     assert command("--loss-type") == "custom_loss"
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_the_gradient_is_aspos(aspo_loss: Callable[..., Any], per_token: bool) -> None:
+def test_the_gradient_is_aspos(aspo_loss: Callable[..., Any], per_token: bool, recompute: bool) -> None:
     given, logits = batch()
     reduce = reduction(given["loss_masks"], per_token)
-    loss, log = aspo_loss(arguments(entropy_coef=0.1), given, logits, reduce)
+    call = (arguments(entropy_coef=0.1), given, logits, reduce)
+    # As --recompute-loss-function calls it.
+    loss, log = checkpoint(aspo_loss, *call, use_reentrant=False) if recompute else aspo_loss(*call)
     (found,) = torch.autograd.grad(loss, logits)
 
     lengths = {name: given[name] for name in ("unconcat_tokens", "total_lengths", "response_lengths")}
@@ -154,6 +171,76 @@ def test_a_batch_that_is_wholly_masked_still_reaches_the_logits(aspo_loss: Calla
     assert bool((gradient == 0).all())
 
 
-def test_what_is_not_taken_is_named(aspo_loss: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"does not take --kl-loss-coef, --use-tis: see its README"):
-        aspo_loss(arguments(use_kl_loss=True, kl_loss_coef=0.1, use_tis=True), *batch(), sum)
+def test_a_rank_without_a_token_still_reaches_the_logits(
+    aspo_loss: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a context-parallel rank may be."""
+    given, logits = batch()
+    none = [torch.empty(0, dtype=torch.float64) for _ in RESPONSES]
+    found = {"log_probs": [logits[0, :0, 0] for _ in RESPONSES], "entropy": none}
+    monkeypatch.setattr(
+        sys.modules["slime.backends.megatron_utils.loss"],
+        "get_log_probs_and_entropy",
+        lambda *args, **kwargs: (torch.empty(0), found),
+    )
+    empty = {**given, "log_probs": none, "advantages": none}
+    loss, log = aspo_loss(arguments(), empty, logits, lambda values: values.sum())
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (loss.item(), float(log["pg_clipfrac"])) == (0, 0)
+    assert bool((gradient == 0).all())
+
+
+@pytest.mark.parametrize("by_rollout", [False, True])
+def test_the_samplers_log_probs(aspo_loss: Callable[..., Any], by_rollout: bool) -> None:
+    """Their distance is reported as slime does; with --use-rollout-logprobs they are the old policy's."""
+    given, logits = batch()
+    now = torch.cat([one.detach() for one in given["log_probs"]])
+    given["rollout_log_probs"] = [one + 0.5 for one in given["log_probs"]]
+    reduce = reduction(given["loss_masks"], True)
+    _, log = aspo_loss(arguments(use_rollout_logprobs=by_rollout), given, logits, reduce)
+    _, plain = aspo_loss(arguments(), {**given, "rollout_log_probs": None}, logits, reduce)
+    shift = reduce(torch.full_like(now, 0.5)).item()
+    assert log["ppo_kl"].item() == pytest.approx(plain["ppo_kl"].item() + (shift if by_rollout else 0))
+    assert "train_rollout_logprob_abs_diff" not in plain
+    if not by_rollout:
+        assert log["train_rollout_logprob_abs_diff"].item() == pytest.approx(shift)
+
+
+def test_clips_and_cap_are_the_arguments(aspo_loss: Callable[..., Any]) -> None:
+    given, logits = batch()
+    reduce = reduction(given["loss_masks"], True)
+    ratio = torch.cat([(a - b).detach() for a, b in zip(current(logits, given), given["log_probs"], strict=True)]).exp()
+    positive = torch.cat(given["advantages"]) > 0
+    _, log = aspo_loss(arguments(eps_clip=0.1, eps_clip_high=0.5, eps_clip_c=1.5), given, logits, reduce)
+    outside = torch.where(positive, ratio > 1.5, ratio < 0.9)
+    capped = torch.where(positive, 1 / ratio, ratio) > 1.5
+    assert log["pg_clipfrac"].item() == reduce(outside.double()).item()
+    assert log["soft_clipfrac"].item() == reduce((capped & ~outside).double()).item() > 0
+
+
+def current(logits: Tensor, given: dict[str, Any]) -> list[Tensor]:
+    lengths = {name: given[name] for name in ("unconcat_tokens", "total_lengths", "response_lengths")}
+    return get_log_probs_and_entropy(logits, args=arguments(), with_entropy=True, **lengths)[1]["log_probs"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"use_kl_loss": True, "kl_loss_coef": 0.1, "use_tis": True}, "--kl-loss-coef, --use-tis"),
+        ({"use_opsm": True}, "--use-opsm"),
+        ({"get_mismatch_metrics": True}, "--get-mismatch-metrics"),
+        ({"use_score_centering": True}, "--use-score-centering"),
+        ({"custom_pg_loss_reducer_function_path": "a.b"}, "--custom-pg-loss-reducer-function-path"),
+        ({"advantage_estimator": "gspo"}, "--advantage-estimator gspo"),
+    ],
+)
+def test_what_is_not_taken_is_named(aspo_loss: Callable[..., Any], changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=rf"does not take {named}: leave it out"):
+        aspo_loss(arguments(**changes), *batch(), sum)
+
+
+def test_a_kl_loss_of_weight_0_is_taken(aspo_loss: Callable[..., Any]) -> None:
+    """slime's recipes have one, for its metric."""
+    given, logits = batch()
+    loss, _ = aspo_loss(arguments(use_kl_loss=True), given, logits, reduction(given["loss_masks"], True))
+    assert loss.requires_grad

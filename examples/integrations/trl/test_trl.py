@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -58,19 +59,19 @@ DATASET = Dataset.from_dict({"prompt": ["a b", "c d e", "f", "g h"] * 8})
 @pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., Any]:
     def make(kind: type[GRPOTrainer], **fields: Any) -> Any:
-        config = GRPOConfig(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            num_generations=2,
-            per_device_train_batch_size=ROWS,
-            gradient_accumulation_steps=2,
-            steps_per_generation=4,
-            max_completion_length=LENGTH,
-            use_bias_correction_kl=False,
-            **fields,
-        )
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "num_generations": 2,
+            "per_device_train_batch_size": ROWS,
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 4,
+            "max_completion_length": LENGTH,
+            "use_bias_correction_kl": False,
+        }
+        config = GRPOConfig(**settings | fields)
         made = kind(
             model=model(tmp_path / "model"),
             reward_funcs=reward,
@@ -150,9 +151,102 @@ def test_at_other_ratios_it_is_aspos(trainer: Callable[..., Any]) -> None:
     assert 0.1 < one._metrics["train"]["aspo/clip_fraction_neg"][0] < 0.9
 
 
-def test_what_is_not_taken_is_named(trainer: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="does not take loss_type=cispo, an entropy bonus: see its README"):
-        trainer(ASPOTrainer, loss_type="cispo", entropy_coef=0.1)
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"loss_type": "cispo", "entropy_coef": 0.1}, "loss_type=cispo, an entropy bonus"),
+        ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, "importance_sampling_level=sequence"),
+        ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
+        ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold"),
+        ({"beta": 0.1, "use_bias_correction_kl": True}, "use_bias_correction_kl with beta"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_taken_is_named(trainer: Callable[..., Any], fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"does not take {named}: leave it out"):
+        trainer(ASPOTrainer, **fields)
+
+
+def test_clips_are_the_trainers(trainer: Callable[..., Any]) -> None:
+    made = trainer(ASPOTrainer, epsilon=0.1, epsilon_high=0.3, delta=2.5, loss_type="dr_grpo").policy_loss
+    assert (made.clip_low, made.clip_high, made.dual_clip, made.norm_length) == (0.1, 0.3, 2.5, LENGTH)
+    assert trainer(ASPOTrainer).policy_loss.dual_clip == 3.0
+
+
+def test_images_reach_the_model(trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that GRPOTrainer's own loss hands to the forward pass is handed on."""
+    given: dict[str, Any] = dict(inputs())
+    forward = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
+    for name in ("pixel_values", "image_grid_thw", "num_images", "token_type_ids", "mm_token_type_ids"):
+        given[name] = object()
+    calls = []
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls.append(forward.bind(*args, **kwargs).arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", called)
+    for kind in (ASPOTrainer, GRPOTrainer):
+        with pytest.raises(InterruptedError):
+            trainer(kind)._compute_loss(None, given)
+    ours, theirs = calls
+    passed = {name for name, value in theirs.items() if value is not None and value is not False}
+    for name in passed - {"self", "input_ids", "attention_mask"}:
+        assert ours[name] is theirs[name], name
+    assert "pixel_values" in passed
+
+
+# --- Two processes ---
+
+WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_trl import *
+
+folder, results = Path(sys.argv[2]), {}
+for kind in (ASPOTrainer, GRPOTrainer):
+    fields = dict(num_generations=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
+    fields |= dict(max_completion_length=LENGTH, optim="sgd", learning_rate=1.0, logging_steps=1, save_strategy="no")
+    fields |= dict(per_device_eval_batch_size=2, use_cpu=True, bf16=False, report_to="none", output_dir=str(folder))
+    fields |= dict(loss_type=sys.argv[3])
+    made = kind(
+        model=LlamaForCausalLM.from_pretrained(folder / "model"),
+        reward_funcs=reward,
+        args=GRPOConfig(**fields),
+        train_dataset=DATASET,
+        eval_dataset=DATASET.select(range(4)),
+        processing_class=tokenizer(),
+    )
+    assert made.accelerator.num_processes == 2
+    made.train()
+    weights = torch.cat([parameter.detach().flatten() for parameter in made.model.parameters()])
+    results[kind.__name__] = weights, made.state.log_history, made.evaluate()["eval_loss"]
+if made.accelerator.is_main_process:
+    torch.save(results, folder / "results.pt")
+"""
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_two_processes_train_and_evaluate_as_trls_own_at_ratio_one(tmp_path: Path, loss_type: str) -> None:
+    start = torch.cat([parameter.detach().flatten() for parameter in model(tmp_path / "model").parameters()])
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, tmp_path / "worker.py", FOLDER, tmp_path, loss_type], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = torch.load(tmp_path / "results.pt", weights_only=False)
+    (ours, log, evaluated), (theirs, their_log, their_evaluated) = (results[f"{k}Trainer"] for k in ("ASPO", "GRPO"))
+    assert (theirs - start).abs().max() > 1e-2
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert evaluated == pytest.approx(their_evaluated, abs=1e-5)
+    # Theirs is a mean over both processes.
+    entropies = [
+        [entry[name] for entry in entries if name in entry]
+        for name, entries in (("aspo/entropy", log), ("entropy", their_log))
+    ]
+    assert len(entropies[0]) == 2
+    assert entropies[0] == pytest.approx(entropies[1], rel=1e-4)
 
 
 # --- The page ---

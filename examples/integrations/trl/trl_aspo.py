@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from trl import GRPOTrainer
 
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
 
+# What the forward pass takes besides text: images and their layout, token types.
+EXTRAS = set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
 AGGREGATIONS = {"dapo": "token-mean", "grpo": "seq-mean-token-mean", "dr_grpo": "seq-mean-token-sum-norm"}
 
 
 class ASPOTrainer(GRPOTrainer):
-    """GRPOTrainer with ASPO's weights; text only. `loss_type` names the aggregation: dapo, grpo or dr_grpo."""
+    """GRPOTrainer with ASPO's weights. `loss_type` names the aggregation: dapo, grpo or dr_grpo."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -29,7 +32,7 @@ class ASPOTrainer(GRPOTrainer):
             "router_aux_loss_coef": self.aux_loss_enabled,
         }
         if wrong := [name for name, refuse in refused.items() if refuse]:
-            raise ValueError(f"ASPOTrainer does not take {', '.join(wrong)}: see its README")
+            raise ValueError(f"ASPOTrainer does not take {', '.join(wrong)}: leave it out (see its README)")
         norm_length = given.max_completion_length if given.loss_type == "dr_grpo" else None
         self.policy_loss = PolicyLossConfig(
             objective="aspo",
@@ -49,6 +52,7 @@ class ASPOTrainer(GRPOTrainer):
             torch.cat([inputs["prompt_mask"], mask], dim=1),
             completion.shape[1],
             compute_entropy=True,
+            **{name: inputs[name] for name in EXTRAS & inputs.keys()},
         )
         advantages = inputs["advantages"]
         if advantages.dim() == 1:

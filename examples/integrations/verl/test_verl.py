@@ -121,12 +121,15 @@ def share(rows: dict[str, Tensor], config: ActorConfig, of_all: dict[str, Any]) 
     return loss.item(), metrics, leaf.grad
 
 
+CLIPS = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 2.0}
+
+
 def by_definition(rows: dict[str, Tensor], mode: str, scale: int | None) -> Tensor:
     """The gradient [responses, LENGTH]: each token's is -w(r, A) A, aggregated as verl does its own losses."""
     leaf = rows["log_probs"].clone().requires_grad_()
     r, advantages = (rows["log_probs"] - rows["old_log_probs"]).exp(), rows["advantages"]
-    up = torch.where(r > 1.2, 0.0, (1 / r).clamp(max=3))
-    down = torch.where(r < 0.8, 0.0, r.clamp(max=3))
+    up = torch.where(r > 1.3, 0.0, (1 / r).clamp(max=2))
+    down = torch.where(r < 0.9, 0.0, r.clamp(max=2))
     weight = torch.where(advantages > 0, up, down) * rows.get("rollout_is_weights", torch.ones_like(r))
     loss = core_algos.agg_loss(-weight * advantages * leaf, rows["response_mask"], mode, loss_scale_factor=scale)
     loss.backward()
@@ -141,7 +144,7 @@ def test_ppo_loss_is_the_mean_over_the_global_batch(mode: str, weighted: bool) -
     if not weighted:
         del rows["rollout_is_weights"]
     mask = rows["response_mask"]
-    config = actor(loss_agg_mode=mode, loss_scale_factor=16 if mode.endswith("norm") else None)
+    config = actor(loss_agg_mode=mode, loss_scale_factor=16 if mode.endswith("norm") else None, **CLIPS)
     of_all = {"dp_size": 2, "batch_num_tokens": int(mask.sum()), "global_batch_size": RESPONSES - 1}
     # Two data-parallel ranks of two micro-batches each: verl sums over the latter and averages over the former.
     total, gradient = 0.0, torch.zeros(RESPONSES, LENGTH, dtype=torch.float64)
@@ -156,6 +159,24 @@ def test_ppo_loss_is_the_mean_over_the_global_batch(mode: str, weighted: bool) -
     assert 0.1 < metrics["actor/clip_fraction_pos"].aggregate() < 0.9
     torch.testing.assert_close(at_once, by_definition(rows, mode, config.loss_scale_factor), rtol=1e-9, atol=1e-12)
     assert bool((gradient[3] == 0).all())
+
+
+def test_without_ranges_of_its_own_it_is_clip_ratio() -> None:
+    rows, of_all = batch(), {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None}
+    given = actor(clip_ratio=0.3)
+    # verl's default for them is 0.2; None leaves them to clip_ratio.
+    object.__setattr__(given, "clip_ratio_low", None)
+    object.__setattr__(given, "clip_ratio_high", None)
+    *_, expected = share(rows, actor(clip_ratio_low=0.3, clip_ratio_high=0.3), of_all)
+    torch.testing.assert_close(share(rows, given, of_all)[2], expected)
+
+
+def test_the_page_names_the_metrics_that_come() -> None:
+    rows, of_all = batch(), {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None}
+    _, metrics, _ = share(rows, actor(), of_all)
+    named = set(re.findall(r"`(actor/[a-z_]+)`", README))
+    assert "actor/weight_pos" in named
+    assert named <= set(metrics)
 
 
 def test_a_missing_global_size_is_an_error() -> None:
