@@ -11,6 +11,7 @@ from typing import Self
 from omegaconf import OmegaConf
 
 from megatron_aspo.config import RunConfig, to_dict
+from megatron_aspo.errors import RunError
 from megatron_aspo.progress import Progress
 from megatron_aspo.run_log import Record, RunLog, save_provenance
 
@@ -73,6 +74,14 @@ class Clock:
         start = time.perf_counter()
         try:
             yield
+        except (RuntimeError, MemoryError) as error:
+            if _is_out_of_memory(error):
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise RunError(
+                    f"out of memory in {part}: {reason}; megatron-aspo plan says what this takes, and "
+                    "docs/operations.md which settings make it less"
+                ) from error
+            raise
         finally:
             self._parts[part] = self._parts.get(part, 0.0) + time.perf_counter() - start
 
@@ -83,3 +92,12 @@ class Clock:
         """`time/<part>` of every part, and `time/step` since the clock was made."""
         parts = {f"time/{part}": seconds for part, seconds in self._parts.items()}
         return {**parts, "time/step": time.perf_counter() - self._start}
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """By name, since torch's error for a GPU is a RuntimeError of its own, and the one for a CPU any RuntimeError."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

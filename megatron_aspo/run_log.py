@@ -5,6 +5,7 @@ is set aside as `name.1.ext`, `name.2.ext`, ..., so the unnumbered one is always
 Importing this module does not import torch: the report needs only `read_metrics` and `read_samples`.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from megatron_aspo.errors import UserError
+from megatron_aspo.errors import RunError, UserError
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -63,18 +64,20 @@ class RunLog:
             "time": time.time(),
             **_finite({k: float(v) for k, v in values.items()}),
         }
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        self._write_scalars(record)
+        with _writing(self._file.name):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            self._write_scalars(record)
 
     def log_samples(self, records: Iterable[Record]) -> None:
         """Append lines to `samples.jsonl`, each with its `step`."""
-        with self._samples.open("a", encoding="utf-8") as file:
+        with _writing(self._samples), self._samples.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(_finite(record)) + "\n" for record in records)
 
     def close(self) -> None:
-        self._file.close()
-        self._writer.close()
+        with contextlib.suppress(OSError):  # what a full disk does not take has been told when it was logged
+            self._file.close()
+            self._writer.close()
 
     def _write_scalars(self, record: Record) -> None:
         prefix = "warmup/" if record["phase"] == "warmup" else ""
@@ -82,6 +85,15 @@ class RunLog:
             if key not in ("step", "phase", "time") and value is not None:
                 self._writer.add_scalar(prefix + key, value, record["step"], walltime=record["time"])
         self._writer.flush()
+
+
+@contextlib.contextmanager
+def _writing(path: str | Path) -> Iterator[None]:
+    """A full disk, or a quota, in a line."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; make room") from error
 
 
 def read_metrics(run_dir: Path) -> list[Record]:

@@ -7,13 +7,14 @@ It is written under another name and renamed when complete, so that a half-writt
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pickle
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_aspo.config import ModelConfig
-from megatron_aspo.errors import UserError
+from megatron_aspo.errors import RunError, UserError
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.run_folder import META_FILE, PARTIAL_SUFFIX, STEP_PREFIX, list_checkpoints, read_meta, step_of
 from megatron_aspo.types import Batch
@@ -51,14 +52,18 @@ def save(
     Args:
         state: JSON-serialisable, the same on every rank; `load` returns it.
         batches: sampled ahead, the same on every rank; `load_batches` returns them.
+
+    Raises:
+        RunError: it could not be written.
     """
     final = root / f"{STEP_PREFIX}{step:06d}"
     partial = root / (final.name + PARTIAL_SUFFIX)
     _on_rank_0(lambda: _fresh_folder(partial))
     # Before the first update (every group was dropped so far) the optimizer has no state, and Megatron cannot save it.
-    dist_checkpointing.save(_sharded_state(policy, with_optimizer=policy.updates > 0), str(partial))
-    (partial / "rng").mkdir(exist_ok=True)
-    torch.save(_rng_state(), partial / "rng" / f"rank{dist.get_rank():05d}.pt")
+    _save_sharded(_sharded_state(policy, with_optimizer=policy.updates > 0), partial)
+    with _writing(partial):
+        (partial / "rng").mkdir(exist_ok=True)
+        torch.save(_rng_state(), partial / "rng" / f"rank{dist.get_rank():05d}.pt")
     meta = {
         "step": step,
         "updates": policy.updates,
@@ -127,7 +132,7 @@ def save_weights(path: Path, policy: Policy) -> None:
     """Write the model alone, atomically. Collective."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     _on_rank_0(lambda: _fresh_folder(partial))
-    dist_checkpointing.save(_sharded_state(policy, with_optimizer=False), str(partial))
+    _save_sharded(_sharded_state(policy, with_optimizer=False), partial)
     meta = _model_meta(policy)
 
     dist.barrier()
@@ -190,6 +195,25 @@ def _sharded_state(policy: Policy, with_optimizer: bool, is_loading: bool = Fals
             dict(model), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
         )
     return state
+
+
+def _save_sharded(state: dict[str, Any], path: Path) -> None:
+    with _writing(path):
+        dist_checkpointing.save(state, str(path))
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Megatron's and torch's writers say of a full disk that a worker failed, or that a position is unexpected: what is
+    free there is told with it."""
+    try:
+        yield
+    except (CheckpointException, OSError, RuntimeError) as error:
+        # The last line: torch's message has the tracebacks of all ranks in it.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        free = shutil.disk_usage(path.parent).free / (1 << 30)
+        room = " (make room)" if free < 1 else ""  # the writer's failure may have another cause
+        raise RunError(f"cannot write {path}: {reason}; {free:.2f} GiB are free on its disk{room}") from error
 
 
 def _load_sharded(state: dict[str, Any], path: Path) -> dict[str, Any]:

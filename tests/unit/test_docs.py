@@ -1,20 +1,31 @@
-"""The documentation's picture shows what the table of weights says, and its tables name every metric."""
+"""The documentation's picture shows what the table of weights says, and its tables name every metric; settings, metrics
+and messages that docs/operations.md names are there."""
 
+import ast
+import dataclasses
 import importlib.util
+import json
 import math
 import re
 import struct
+import subprocess
+import sys
+import typing
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from catalogue import catalogue, mentioned
 
+from megatron_aspo.config import RunConfig
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
 from megatron_aspo.loss.objectives import OBJECTIVES
+from megatron_aspo.progress import SHOWN
 
 DOCS = Path(__file__).parents[2] / "docs"
+OPERATIONS = (DOCS / "operations.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +112,86 @@ def test_every_metric_is_explained() -> None:
 def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", [*DOCS.glob("*.md"), DOCS.parent / "README.md"])
+def test_metrics_that_a_page_names_are_in_the_catalogue(page: Path) -> None:
+    """The catalogue itself is held against real runs by tests/distributed/test_documented_metrics.py."""
+    assert sorted(mentioned(page.read_text(encoding="utf-8")) - set(catalogue())) == []
+
+
+def test_the_progress_line_is_explained() -> None:
+    assert [
+        row for label, short, key, _ in SHOWN if (row := f"| `{short}` | {label} | `{key}` |") not in OPERATIONS
+    ] == []
+
+
+def settings_of(section: type, prefix: str = "") -> set[str]:
+    names: set[str] = set()
+    for name, hint in typing.get_type_hints(section).items():
+        if name not in {field.name for field in dataclasses.fields(section)}:
+            continue
+        names.add(prefix + name)
+        for kind in (hint, *typing.get_args(hint)):
+            names |= settings_of(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else set()
+    return names
+
+
+def test_settings_that_operations_names_exist() -> None:
+    known = settings_of(RunConfig)
+    sections = {name.partition(".")[0] for name in known if "." in name}
+    found = re.findall(rf"(?<![\w./-])((?:{'|'.join(sections)})(?:\.[a-z][a-z0-9_]*\*?)+)(?![\w/(])", OPERATIONS)
+    named = {name for name in found if not name.endswith((".md", ".py", ".yaml", ".jsonl", ".save", ".load"))}
+    assert len(named) > 60
+    starts = tuple(name.removesuffix("*") for name in named if name.endswith("*"))
+    assert [start for start in starts if not any(name.startswith(start) for name in known)] == []
+    assert sorted(name for name in named - known if not name.endswith("*")) == []
+
+
+def messages() -> list[str]:
+    """Every text of the package, with {} for what is filled in, and the lines of the jobs."""
+    root = DOCS.parent
+    texts = [(root / "slurm" / "body.sh").read_text(encoding="utf-8")]
+    for path in (root / "megatron_aspo").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def test_lines_that_operations_quotes_are_printed_by_the_code() -> None:
+    table = OPERATIONS.split("| a line on stderr has | section |")[1].split("\n\n")[0]
+    cells = re.findall(r"^\|([^|]+)\|", table, re.MULTILINE)
+    quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
+    assert len(quoted) > 15
+    texts = messages()
+    assert [text for text in quoted if not any(text in one for one in texts)] == []
+
+
+def test_the_first_commands_of_operations_work(tmp_path: Path) -> None:
+    records = [
+        {"step": 0, "phase": "eval", "time": 1.0, "eval/accuracy": 0.25},
+        {"step": 1, "phase": "train", "time": 2.0, "reward/mean": 0.123456, "loss/entropy": None},
+        {"step": 2, "phase": "train", "time": 3.0, "loss/value": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (function,) = re.findall(r"^m\(\) \{.*?^' \"\$@\"; \}$", OPERATIONS, re.MULTILINE | re.DOTALL)
+    python = f'python() {{ {sys.executable} "$@"; }}\n'
+    done = subprocess.run(
+        ["bash", "-c", f"{python}{function}\nm {tmp_path} reward/mean loss/entropy eval/accuracy"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["eval 0 - - 0.25", "train 1 0.1235 - -"]
+
+
+def test_links_within_operations_lead_to_headings() -> None:
+    """And those from it to another page's headings."""
+    for page, anchor in re.findall(r"\]\(([\w/.]*)#([\w-]+)\)", OPERATIONS):
+        text = (DOCS / page).read_text(encoding="utf-8") if page else OPERATIONS
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert anchor in slugs, f"{page}#{anchor}"

@@ -1,0 +1,47 @@
+"""A full disk and a failed allocation are told in a line that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_aspo.errors import RunError
+from megatron_aspo.journal import Clock
+from megatron_aspo.run_log import RunLog
+
+
+def test_metrics_on_a_full_disk(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, None)
+    log._file.close()
+    log._file = Path("/dev/full").open("a")  # noqa: SIM115  (every write there finds no space)
+    with pytest.raises(RunError, match=r"^cannot write /dev/full: No space left on device; make room$"):
+        log.log(1, "train", {"reward/mean": 0.25})
+    log.close()  # the end of a run, which has the error to tell and must not raise another
+
+
+def test_samples_on_a_full_disk(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, None)
+    (tmp_path / "samples.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"^cannot write .*/samples\.jsonl: No space left on device; make room$"):
+        log.log_samples([{"step": 1}])
+
+
+def test_out_of_memory_names_the_part_of_the_step() -> None:
+    clock = Clock()
+    told = r"^out of memory in update: .*can't allocate memory.*; megatron-aspo plan says"
+    with pytest.raises(RunError, match=told), clock("update"):
+        torch.empty(1 << 50, dtype=torch.uint8)
+    assert "time/update" in clock.seconds()
+    told = r"^out of memory in old_logprobs: CUDA out of memory; "
+    with pytest.raises(RunError, match=told), clock("old_logprobs"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    clock = Clock()
+    for error in (RuntimeError("Connection closed by peer"), RunError("lost"), ZeroDivisionError("division by zero")):
+        with pytest.raises(type(error)) as caught, clock("update"):
+            raise error
+        assert caught.value is error
