@@ -15,10 +15,11 @@ def catalogue() -> list[str]:
     A row's first cell holds whole names, and suffixes such as `_pos` of the whole name before them.
     """
     part = PAGE.read_text(encoding="utf-8").split("\n## What each metric means\n")[1].split("\n## ")[0]
+    _, *sections = part.split("\n### ")  # before them are the words of the progress line
     names: list[str] = []
-    for row in re.findall(r"^\|([^|]+)\|", part, re.MULTILINE):
+    for row in re.findall(r"^\|([^|]+)\|", "\n".join(sections), re.MULTILINE):
         whole = ""
-        for name in re.findall(r"`([^`]+/[^`]+|_[^`]+)`", row):
+        for name in re.findall(r"`([^`]+)`", row):
             whole = whole if name.startswith("_") else name
             names.append(whole + name if name.startswith("_") else name)
     return names
