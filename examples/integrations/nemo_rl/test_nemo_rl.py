@@ -21,12 +21,20 @@ FOLDER = Path(__file__).parent
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 ROWS, TOKENS = 4, 7
 
+
+def installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package
+        return False
+
+
 # NVIDIA-NeMo/RL, nemo_rl/algorithms/loss: the protocol LossFunction (interfaces.py at
 # 002cdc27b8019eafc470f0aab22d4a7206d0de81) is called with these keywords and those of its input type; ClippedPGLossFn
 # (loss_functions.py at 006907a9570734f3e5d484c08ada84b0b89224c9) has these parameters and reads these fields.
 CALLED_WITH = {"data", "global_valid_seqs", "global_valid_toks", "next_token_logprobs"}
 PARAMETERS = ["self", "next_token_logprobs", "data", "global_valid_seqs", "global_valid_toks"]
-INSTALLED = importlib.util.find_spec("nemo_rl") is not None
+INSTALLED = installed("nemo_rl.algorithms.loss")
 FIELDS: dict[str, Any] = {
     "disable_ppo_ratio": False,
     "ratio_clip_min": 0.2,

@@ -112,7 +112,14 @@ def reduction(masks: list[Tensor], per_token: bool) -> Callable[[Tensor], Tensor
     return reduce
 
 
-INSTALLED = importlib.util.find_spec("slime") is not None
+def installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package
+        return False
+
+
+INSTALLED = installed("slime.backends.megatron_utils")
 
 
 def test_slimes_call_fits(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
