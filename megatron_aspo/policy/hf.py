@@ -30,6 +30,8 @@ from torch import Tensor
 from megatron_aspo.config import ModelConfig, ParallelConfig
 from megatron_aspo.config_checks import check_hugging_face, check_layout
 from megatron_aspo.errors import UserError
+from megatron_aspo.policy.hf_folder import FP8, SCALE, PublishedForm, copy_configuration, local_folder
+from megatron_aspo.policy.hf_folder import listed as _listed
 from megatron_aspo.policy.model import Architecture
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.run_folder import PARTIAL_SUFFIX
@@ -90,7 +92,6 @@ _LATENT_FIELDS = (
 )
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 _NO_COMPUTATION = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer, but no index of weights
 
 
 def _import_auto_bridge() -> Any:
@@ -136,11 +137,35 @@ def _quiet() -> Iterator[None]:
 AutoBridge = _import_auto_bridge()
 from megatron.bridge.models.conversion.model_bridge import _megatron_local_name_to_global  # noqa: E402
 from megatron.bridge.models.conversion.utils import persistent_buffers  # noqa: E402
+from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, StateDict  # noqa: E402
+
+
+class _Weights(SafeTensorsStateSource):
+    """The model's weights in a folder, for the bridge: in full precision, and nothing else."""
+
+    def __init__(self, path: str, form: PublishedForm) -> None:
+        super().__init__(path)
+        self._form = form
+
+    def get_all_keys(self) -> list[str]:
+        return self._form.weights(super().get_all_keys())
+
+    def load_tensors(self, keys_to_load: list[str]) -> dict[str, Tensor]:
+        tensors = super().load_tensors(keys_to_load)
+        for name, tensor in tensors.items():
+            if tensor.dtype in FP8:
+                scale = name + SCALE
+                tensors[name] = self._form.plain(tensor, super().load_tensors([scale])[scale])
+        return tensors
+
+
+def _bridge(path: str) -> Any:
+    """The bridge of a folder or hub id; it opens the weights when they are asked for."""
+    return _opened(path)[0]
 
 
 @functools.cache
-def _bridge(path: str) -> Any:
-    """The bridge of a folder or hub id; it opens the weights when they are asked for."""
+def _opened(path: str) -> tuple[Any, PublishedForm]:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -154,7 +179,11 @@ def _bridge(path: str) -> Any:
     names = config.architectures or [type(config).__name__]
     if names[0] not in ARCHITECTURES:
         raise UserError(f"model.hf_path={path} is a {names[0]}, which is not supported; {', '.join(ARCHITECTURES)} are")
-    return AutoBridge.from_hf_pretrained(path)
+    bridge = AutoBridge.from_hf_pretrained(path)
+    pretrained = bridge.hf_pretrained
+    form = PublishedForm.take_from(pretrained.config, path)
+    pretrained._state_dict_accessor = StateDict(_Weights(path, form))
+    return bridge, form
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -179,7 +208,6 @@ def read_architecture(config: ModelConfig, parallel: ParallelConfig, vocab_size:
     for found, supported in (
         (f"hidden_act={hf.hidden_act}", hf.hidden_act == "silu"),
         (f"rope_type={rope_type}", rope_type in (("default", "yarn") if latent else ("default", "linear", "llama3"))),
-        ("a layer for a second token (MTP)", not getattr(hf, "num_nextn_predict_layers", 0)),
         ("rotary halves that are not interleaved", not latent or hf.rope_interleave),
         # Megatron scores a group of experts by its best top_k / groups, transformers by its best two.
         ("such groups of experts", not latent or hf.n_group == 1 or hf.num_experts_per_tok == 2 * hf.topk_group),
@@ -260,12 +288,12 @@ def load_weights(path: str, model: torch.nn.Module) -> None:
 
 
 def _stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """The tensors of the folder or hub id, as their files say."""
+    """The weights of the folder or hub id, as their files say."""
     from safetensors import SafetensorError, safe_open
 
-    shapes: dict[str, tuple[int, ...]] = {}
+    stored: dict[str, tuple[tuple[int, ...], str]] = {}
     try:
-        folder = _local_folder(path, "*.safetensors", "*.safetensors.index.json")
+        folder = local_folder(path, "*.safetensors", "*.safetensors.index.json")
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
@@ -273,12 +301,14 @@ def _stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
             files = set(folder.glob("*.safetensors"))
         for file in files:
             with safe_open(file, framework="pt") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+                for name in opened.keys():  # noqa: SIM118
+                    tensor = opened.get_slice(name)
+                    stored[name] = tuple(tensor.get_shape()), tensor.get_dtype()
     except (OSError, ValueError, SafetensorError) as error:
         raise unreadable(path, error) from None
-    if not shapes:
+    if not stored:
         raise unreadable(path, ValueError("it has no *.safetensors"))
-    return shapes
+    return _opened(path)[1].shapes(stored)
 
 
 def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -349,20 +379,6 @@ def file_shapes(path: str) -> dict[str, tuple[int, ...]]:
     return _expected_shapes(_bridge(path).hf_pretrained.config)
 
 
-def _local_folder(path: str, *patterns: str) -> Path:
-    """`path`, or where files of the hub's model that match the patterns have been downloaded to."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(path, allow_patterns=list(patterns)))
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{len(names)} tensors, among them {shown}" if len(names) > 3 else f"the tensor(s) {shown}"
-
-
 def export_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the whole model in Hugging Face's names and shapes, one at a time. Collective: every rank must
     go through all of it, and gets every tensor whole, in the model's dtype and on its device.
@@ -399,7 +415,7 @@ def save_folder(policy: Policy, folder: Path) -> None:
             writer.add(name, tensor)
     if writer is not None:
         writer.close()
-        _copy_configuration(policy.config.model, partial)
+        copy_configuration(policy.config.model, partial)
         os.replace(partial, folder)
     dist.barrier()
 
@@ -446,16 +462,6 @@ class _Writer:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"part-{index:05d}.safetensors"
-
-
-def _copy_configuration(model: ModelConfig, folder: Path) -> None:
-    source = _local_folder(model.hf_path, *_COPIED)
-    for path in (path for pattern in _COPIED for path in source.glob(pattern)):
-        if not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("torch_dtype", None)  # the name that `dtype` had
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": model.dtype}, indent=2) + "\n")
 
 
 def _tasks(bridge: Any, gpt: Any) -> list[Any]:

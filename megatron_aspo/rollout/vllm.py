@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron_aspo.config import RMS_NORM_EPSILON, ModelConfig, RolloutConfig
 from megatron_aspo.errors import RunError, UserError
 from megatron_aspo.policy import cpu
+from megatron_aspo.policy.hf_folder import copy_configuration
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rollout.stops import Stops
 from megatron_aspo.tokenizer import Tokenizer
@@ -396,10 +397,12 @@ def _in_vllm(doing: str) -> Iterator[None]:
 
 
 def _model_folder(model: ModelConfig, vocab_size: int, folder: Path) -> str:
-    """Where the model's config.json is: a folder, or a hub id."""
+    """`folder`, with the model's configuration. Its weights come from the policy: neither in FP8 nor with MTP, though
+    the model may be published so."""
     if model.hf_path:
-        return model.hf_path
-    (folder / "config.json").write_text(json.dumps(_llama_config(model, vocab_size)))
+        copy_configuration(model, folder)
+    else:
+        (folder / "config.json").write_text(json.dumps(_llama_config(model, vocab_size)))
     return str(folder)
 
 
