@@ -108,7 +108,10 @@ def find_files(pattern: str, setting: str = "data.path") -> list[Path]:
     else:
         files = [Path(f) for f in sorted(glob.glob(pattern))]
     if not files:
-        raise UserError(f"no file at {setting}={pattern}; give a {', '.join(SUFFIXES)} file, a pattern, or a folder")
+        start = "" if os.path.isabs(pattern) else f" (from {os.getcwd()} on)"
+        raise UserError(
+            f"no file at {setting}={pattern}; give a {', '.join(SUFFIXES)} file, a pattern, or a folder{start}"
+        )
     for file in files:
         if file.suffix not in SUFFIXES or not file.is_file():
             raise UserError(f"{setting}: {file} is not a {', '.join(SUFFIXES)} file; convert it to one of these")

@@ -77,9 +77,10 @@ class PromptStream:
                 continue
             if "overlong" in skipped:
                 raise self._all_too_long(skipped.count("overlong"))
+            files = any(source.path for source in self.source_configs)
             raise UserError(
-                f"{self.name} has no problem outside the held-out set; lower data.eval_prompts, widen "
-                "data.task_args, or give more data"
+                f"{self.name} has no problem outside the held-out set; lower data.eval_prompts="
+                f"{self.config.eval_prompts}, or {'give more problems' if files else 'widen data.task_args'}"
             )
         return drawn
 

@@ -79,7 +79,9 @@ def test_a_source_of_the_callers_own() -> None:
 
 def test_nothing_outside_the_held_out_set() -> None:
     source = prompts_of(task="chain_sum", task_args=ONE_DIGIT, eval_prompts=3000)
-    with pytest.raises(UserError, match=r"no problem outside the held-out set; lower data\.eval_prompts"):
+    with pytest.raises(
+        UserError, match=r"no problem outside the held-out set; lower data\.eval_prompts=3000, or widen"
+    ):
         source.draw(2000)
 
 

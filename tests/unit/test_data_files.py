@@ -256,14 +256,17 @@ def test_a_bad_row_of_a_parquet_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"path": "nowhere.parquet"}, r"no file at data\.path=nowhere\.parquet"),
+        (
+            {"path": "nowhere.parquet"},
+            rf"no file at data\.path=nowhere\.parquet; .*, or a folder \(from {Path(__file__).parent} on\)",
+        ),
         ({"path": "test_data.py"}, r"test_data\.py is not a \.parquet, \.jsonl, \.json file"),
         (
             {"prompt_template": "{promt}"},
             r"prompt_template: KeyError 'promt'; the fields of .* are answer, prompt",
         ),
         ({"columns": {"prompt": "poblem"}}, r"line 1: no poblem; its columns are problem, answer, solution"),
-        ({"eval_prompts": 50}, "no problem outside the held-out set"),
+        ({"eval_prompts": 50}, r"held-out set; lower data\.eval_prompts=50, or give more problems"),
         ({"max_tokens": 5}, "tokens, 5 fit beside the response"),
         ({"max_tokens": 5, "overlong_prompts": "filter"}, "filter leaves nothing of data.path"),
     ],
