@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_aspo.errors import RunError, UserError
+from megatron_aspo.gathering import FOREVER
 from megatron_aspo.weight_sync import Weight
 
 Role = Literal["training", "rollout"]
 ROLES: tuple[Role, Role] = ("training", "rollout")
 
 _CONNECT = timedelta(minutes=30)
-_FOREVER = timedelta(days=365)
-"""A message may take as long as training or generation does. A peer that dies ends the wait at once."""
+"""Of the first contact. A message may take as long as training or generation does; a peer that dies ends the wait."""
 
 _FAILS_TOO = timedelta(seconds=10)
 """How long after a rank the first of its role may find the same error."""
@@ -61,7 +61,7 @@ class Channel:
         self._other = 1 - ROLES.index(role)
         self._store = dist.PrefixStore(f"channel of {role}", store)
         self._leads = dist.get_rank() == 0
-        self._ranks: Any = dist.new_group(backend="gloo", timeout=_FOREVER)
+        self._ranks: Any = dist.new_group(backend="gloo", timeout=FOREVER)
         self._link: Any = None
         if self._leads:
             link = dist.PrefixStore("channel", store)
@@ -159,7 +159,7 @@ class Channel:
         with contextlib.suppress(RuntimeError):
             while self._leads:
                 self._take()
-            self._store.wait([_ENDED], _FOREVER)
+            self._store.wait([_ENDED], FOREVER)
         if self._leads:
             with contextlib.suppress(RuntimeError):
                 self._store.set(_ENDED, "")
@@ -180,10 +180,10 @@ class Channel:
         if self._lost is not None:
             raise self._lost
         header = torch.empty(2, dtype=torch.int64)
-        self._link.recv([header], self._other, 0).wait(_FOREVER)
+        self._link.recv([header], self._other, 0).wait(FOREVER)
         size, acknowledged = header.tolist()
         payload = torch.empty(size, dtype=torch.uint8)
-        self._link.recv([payload], self._other, 0).wait(_FOREVER)
+        self._link.recv([payload], self._other, 0).wait(FOREVER)
         self._received += 1
         while self._acknowledged < acknowledged:
             header_sent, payload_sent, *_ = self._unacknowledged.popleft()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_aspo.config import RunConfig
 from megatron_aspo.config_rewards import CodeRewardConfig, MathRewardConfig
 from megatron_aspo.errors import RunError
+from megatron_aspo.gathering import Gathering
 from megatron_aspo.import_path import check_signature, import_object
 from megatron_aspo.rewards.verdict import Verdict
 from megatron_aspo.types import Prompt, Sample
@@ -59,6 +60,7 @@ class Scorer:
         kinds = sorted({source.verifier for source in config.data.all_sources}) if reward is None else []
         self._verifiers = {kind: open_verifier(kind, config) for kind in kinds}
         self._only = None if reward is None else open_verifier(reward, config)
+        self._gather = Gathering()
 
     def __enter__(self) -> Self:
         return self
@@ -75,11 +77,7 @@ class Scorer:
         mine = samples[rank::ranks]
         futures = [(self._only or self._verifiers[sample.prompt.verifier]).submit(sample) for sample in mine]
         own = [_score_and_fault(future.result(), sample) for future, sample in zip(futures, mine, strict=True)]
-        parts: list[Any] = [own]
-        if ranks > 1:
-            parts = [None] * ranks
-            dist.all_gather_object(parts, own)
-        for first, part in enumerate(parts):
+        for first, part in enumerate(self._gather(own)):
             for sample, (score, unjudged) in zip(samples[first::ranks], part, strict=True):
                 sample.score = score
                 sample.unjudged = unjudged

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from megatron_aspo.errors import RunError, UserError
+from megatron_aspo.gathering import Gathering
 from megatron_aspo.rollout.engine import RolloutEngine
 from megatron_aspo.types import Prompt, Sample
 
@@ -26,6 +25,7 @@ class CheckedEngine:
         self.engine = engine
         self.name = name
         self.policy = policy
+        self._gather = Gathering()
         for method in ("generate", "refit", "sleep"):
             if not callable(getattr(engine, method, None)):
                 raise UserError(f"{name} has no method {method}; give it those of RolloutEngine")
@@ -87,8 +87,7 @@ class CheckedEngine:
         return ""
 
     def _check_ranks_agree(self, samples: list[Sample]) -> None:
-        digests: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(digests, hash(tuple((sample.group, sample.token_ids) for sample in samples)))
+        digests = self._gather(hash(tuple((sample.group, sample.token_ids) for sample in samples)))
         if len(set(digests)) > 1:
             raise self._failure("returned other samples on other ranks; return the same list on all")
 

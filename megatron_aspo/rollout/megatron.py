@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_aspo.config import RolloutConfig
 from megatron_aspo.errors import UserError
+from megatron_aspo.gathering import Gathering
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.rollout.stops import Stops
 from megatron_aspo.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ class EmbeddedEngine:
         self.tokenizer = tokenizer
         self.seed = seed
         self._stops = Stops(tokenizer, config.stop)
+        self._gather = Gathering()
 
     @torch.no_grad()
     def generate(
@@ -72,6 +74,7 @@ class EmbeddedEngine:
             for start in range(0, len(mine), self.config.batch_size):
                 batch = mine[start : start + self.config.batch_size]
                 written += zip((request.index for request in batch), self._decode(batch, temperature), strict=True)
+        # Ranks that share the model wrote the same ones.
         samples = dict(pair for part in self._gather(written) for pair in part)
         return [samples[i] for i in range(len(requests))]
 
@@ -189,13 +192,6 @@ class EmbeddedEngine:
             for r in requests
         ]
         return torch.from_numpy(np.stack(rows)).to(self.policy.device)
-
-    def _gather(self, written: list[tuple[int, Sample]]) -> list[list[tuple[int, Sample]]]:
-        if self.policy.rollout_group.size() == 1:
-            return [written]
-        parts: list[list[tuple[int, Sample]]] = [[] for _ in range(self.policy.rollout_group.size())]
-        dist.all_gather_object(parts, written, group=self.policy.rollout_group)
-        return parts
 
     @contextlib.contextmanager
     def _inference_mode(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from megatron_aspo.config import RMS_NORM_EPSILON, ModelConfig, RolloutConfig
 from megatron_aspo.errors import RunError, UserError
+from megatron_aspo.gathering import Gathering
 from megatron_aspo.policy import cpu
 from megatron_aspo.policy.hf_folder import copy_configuration
 from megatron_aspo.policy.trainer import Policy
@@ -88,6 +89,7 @@ class VllmEngine:
         self._replica, self._rank_in_replica = divmod(dist.get_rank(), config.tensor)
         self._replicas = dist.get_world_size() // config.tensor
         self._stops = Stops(tokenizer, config.stop)
+        self._gather = Gathering()
         with _in_vllm("starting"):
             self._llm = _start(model, tokenizer.vocab_size, config, seed)
 
@@ -120,7 +122,8 @@ class VllmEngine:
             outputs = self._run(mine, temperature) if mine else []
         written = [self._sample(request, output) for request, output in zip(mine, outputs, strict=True)]
         samples: list[Sample | None] = [None] * len(requests)
-        for replica, part in enumerate(self._gather(written)):
+        everyones = self._gather(written if self._rank_in_replica == 0 else [])
+        for replica, part in enumerate(everyones[:: self.config.tensor]):
             samples[replica :: self._replicas] = part
         assert None not in samples
         return samples  # type: ignore[return-value]
@@ -229,14 +232,6 @@ class VllmEngine:
             rollout_logprobs=np.array(logprobs, dtype=np.float32),
             text=self.tokenizer.decode(token_ids),
         )
-
-    def _gather(self, written: list[Sample]) -> list[list[Sample]]:
-        """The samples of every replica."""
-        if self._replicas == 1:
-            return [written]
-        parts: list[list[Sample]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, written if self._rank_in_replica == 0 else [])
-        return parts[:: self.config.tensor]
 
 
 def _start(model: ModelConfig, vocab_size: int, config: RolloutConfig, seed: int) -> Any:
