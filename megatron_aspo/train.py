@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         cli.add_run_arguments(parser)
         config = cli.parse_run_config(cli.parse(parser, argv))
         done = run(config, argv=sys.argv if argv is None else argv)
-        if done and os.environ.get("RANK", "0") == "0":
+        if done and config.train.steps and os.environ.get("RANK", "0") == "0":  # of warm-up alone there is no report
             from megatron_aspo.report import print_summary, write_report
 
             png, html = write_report([config.run_dir])
