@@ -13,6 +13,7 @@ import sys
 import typing
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def test_the_progress_line_is_explained() -> None:
     ] == []
 
 
-def settings_of(section: type, prefix: str = "") -> set[str]:
+def settings_of(section: Any, prefix: str = "") -> set[str]:
     names: set[str] = set()
     for name, hint in typing.get_type_hints(section).items():
         if name not in {field.name for field in dataclasses.fields(section)}:
