@@ -109,11 +109,16 @@ _DEEPSEEK_V3 = {
     "num_experts_per_tok": 8,
     "num_hidden_layers": 61,
     "num_key_value_heads": 128,
-    # The published file says 1: a layer that predicts a second token, which is neither trained nor sampled with here.
-    "num_nextn_predict_layers": 0,
+    "num_nextn_predict_layers": 1,  # predicts a second token, and is neither trained nor sampled with here
     "q_lora_rank": 1536,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
     "rms_norm_eps": 1e-6,
     "rope_scaling": {
         "beta_fast": 32,

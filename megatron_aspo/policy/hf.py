@@ -283,6 +283,9 @@ def load_weights(path: str, model: torch.nn.Module) -> None:
             raise UserError(
                 f"model.hf_path={path}: {name} has the shape {present[name]}, its config.json says {expected[name]}"
             )
+    for module in gpt.modules():
+        if getattr(module, "expert_bias", None) is not None:  # else it would be rounded: Megatron casts it when it runs
+            module.expert_bias.data = module.expert_bias.data.float()
     with _quiet():
         bridge.load_hf_weights([gpt])
 

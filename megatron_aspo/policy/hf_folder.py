@@ -101,8 +101,8 @@ class PublishedForm:
         Raises:
             UserError: an FP8 weight and its scales do not fit together.
         """
-        shapes = {name: stored[name][0] for name in self.weights(stored)}
-        in_fp8 = [name for name in shapes if stored[name][1] in _STORED_FP8]
+        weights = self.weights(stored)
+        in_fp8 = [name for name in weights if stored[name][1] in _STORED_FP8]
         if in_fp8 and self.block is None:
             raise UserError(
                 f"model.hf_path={self.path} has {listed(in_fp8)} in FP8, and its config.json has no "
@@ -115,14 +115,16 @@ class PublishedForm:
             )
         for name in in_fp8:
             assert self.block is not None
-            found = stored[name + SCALE][0]
-            expected = tuple(-(-size // of) for size, of in zip(shapes[name], self.block, strict=False))
-            if len(shapes[name]) != 2 or found != expected:
+            shape, found = stored[name][0], stored[name + SCALE][0]
+            expected = tuple(-(-size // of) for size, of in zip(shape, self.block, strict=False))
+            if len(shape) != 2 or found != expected:
                 raise UserError(
-                    f"model.hf_path={self.path}: {name} in FP8 has the shape {shapes[name]} and its scales {found}, "
+                    f"model.hf_path={self.path}: {name} in FP8 has the shape {shape} and its scales {found}, "
                     f"not {expected} as blocks of {self.block[0]} x {self.block[1]} have; download its files again"
                 )
-        return shapes
+        # Scales of a weight that is not in FP8 are left over: somebody may have forgotten to apply them.
+        unapplied = {name + SCALE for name in weights} & stored.keys() - {name + SCALE for name in in_fp8}
+        return {name: stored[name][0] for name in (*weights, *unapplied)}
 
     def plain(self, weight: Tensor, scale: Tensor) -> Tensor:
         """A weight in FP8 as the float32 numbers that it stands for."""

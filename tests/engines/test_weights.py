@@ -17,7 +17,7 @@ import torch
 from megatron.core import parallel_state
 from ranks import make_samples, run, run_config
 from safetensors.torch import load_file, save_file
-from tiny_models import MODELS, VOCAB, write_model, write_tokenizer
+from tiny_models import MODELS, VOCAB, change_published, write_model, write_published, write_tokenizer
 from torch import Tensor
 
 from megatron_aspo import cli, export
@@ -96,6 +96,13 @@ def logprob_error(folder: Path, batches: list[MicroBatch]) -> float:
     return worst
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as DeepSeek publishes its own, and beside it, in `meant`, the weights that it stands for."""
+    folder = tmp_path_factory.mktemp("published")
+    return write_published(folder / "fp8", folder / "meant")
+
+
 def there_and_back(
     folders: list[Path], parallel: ParallelConfig, vocab_size: int = VOCAB, dtype: str = "float32"
 ) -> list[tuple[list[str], float]]:
@@ -107,9 +114,10 @@ def there_and_back(
             with policy_of(config_of(folder, parallel, dtype=dtype), vocab_size) as policy:
                 batches = policy.pack(make_samples())
                 policy.fill_logprobs(batches, "old_logprobs")
-                stored = load_file(folder / "model.safetensors")
+                plain = folder.with_name("meant") if folder.name == "fp8" else folder
+                stored = load_file(plain / "model.safetensors")
                 expected = {name: tensor.to(policy.model.config.params_dtype) for name, tensor in stored.items()}
-                error = logprob_error(folder, batches) if policy.is_last_stage else 0.0
+                error = logprob_error(plain, batches) if policy.is_last_stage else 0.0
                 results.append((difference(weights_of(policy), expected), error))
     return results
 
@@ -130,11 +138,11 @@ def test_there_and_back(name: str, layout: str, tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
-def test_there_and_back_with_experts(layout: str, tiny: Path) -> None:
+def test_there_and_back_with_experts(layout: str, tiny: Path, published: Path) -> None:
     parallel = EXPERT_LAYOUTS[layout]
-    folders = [tiny / name for name in EXPERTS]
+    folders = [tiny / name for name in EXPERTS] + [published]
     for results in run(parallel.model_parallel_size, there_and_back, folders, parallel):
-        for (different, error), tolerance in zip(results, (1e-5, 1e-4), strict=True):
+        for (different, error), tolerance in zip(results, (1e-5, 1e-4, 1e-4), strict=True):
             assert different == []
             assert error <= tolerance
 
@@ -309,6 +317,61 @@ def test_a_missing_or_extra_tensor_is_named_on_every_rank(tiny: Path, tmp_path: 
     lost = "model.layers.1.mlp.experts.3.down_proj.weight"  # rank 1's, and its error is told by rank 0
     folder = changed_copy(tiny / "qwen3-moe", tmp_path / "f", drop=lost)
     assert all(lost in m for (m,) in run(2, refusals, [folder], ParallelConfig(expert=2), {}))
+
+
+def exported_and_read_again(folder: Path, exported: Path, parallel: ParallelConfig) -> dict[str, Tensor]:
+    from megatron_aspo.policy.hf import save_folder
+
+    config = config_of(folder, parallel, dtype="bfloat16")
+    with distributed(config):
+        with policy_of(config) as policy:
+            save_folder(policy, exported)
+        with policy_of(config_of(exported, parallel, dtype="bfloat16")) as policy:
+            return weights_of(policy)
+
+
+def test_what_was_published_in_fp8_is_exported_in_the_dtype_of_the_model(published: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    exported, bias = tmp_path / "exported", "e_score_correction_bias"
+    plain = load_file(published.with_name("meant") / "model.safetensors")
+    expected = {name: tensor if bias in name else tensor.bfloat16() for name, tensor in plain.items()}
+    for found in run(4, exported_and_read_again, published, exported, EXPERT_LAYOUTS["ep2-tp2"]):
+        assert difference(found, expected) == []
+    assert difference(load_file(exported / "model.safetensors"), expected) == []
+    config, before = (json.loads((folder / "config.json").read_text()) for folder in (exported, published))
+    assert (config["num_nextn_predict_layers"], config["dtype"]) == (0, "bfloat16")
+    gone = {"quantization_config", "auto_map", "torch_dtype"}
+    assert before.keys() - config.keys() == gone
+    assert {name for name in config if config[name] != before.get(name)} == {"num_nextn_predict_layers", "dtype"}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
+    model, loading = loaded
+    assert not any(loading.values())
+    assert model.dtype == torch.bfloat16
+    assert model.config.num_nextn_predict_layers == 0
+
+
+def test_fp8_without_what_it_needs_is_one_line(published: Path, tmp_path: Path) -> None:
+    down, low = "model.layers.1.mlp.experts.3.down_proj.weight", "model.layers.0.self_attn.q_a_proj.weight"
+    fp8 = load_file(published / "model-00001-of-00002.safetensors")
+    awq = {"quant_method": "awq", "bits": 4}
+    per_tensor = {"quant_method": "fp8", "activation_scheme": "static"}
+    cases = {
+        f"lacks the tensor(s) {down}_scale_inv, without which": {f"{down}_scale_inv": None},
+        f"{down} in FP8 has the shape (16, 24) and its scales (2, 2), not (1, 2)": {down: fp8[down][:16].clone()},
+        f"{low} has the shape (15, 32), its config.json says (16, 32)": {low: fp8[low][:15].clone()},
+        f"{low} in FP8 has the shape (512,) and its scales (1, 2)": {low: fp8[low].flatten()},
+        f"has the tensor(s) {down}_scale_inv, for which": {down: fp8[down].bfloat16()},
+        "quant_method=awq, weight_block_size=None; only fp8": {"config": {"quantization_config": awq}},
+        "quant_method=fp8, weight_block_size=None; only fp8": {"config": {"quantization_config": per_tensor}},
+        "in FP8, and its config.json has no quantization_config": {"config": {"quantization_config": None}},
+        "has 44 tensors, among them model.layers.2.eh_proj.weight": {"config": {"num_nextn_predict_layers": 0}},
+    }
+    folders = [change_published(published, tmp_path / str(i), **case) for i, case in enumerate(cases.values())]
+    for messages in run(2, refusals, folders, ParallelConfig(pipeline=2), {}):
+        for message, text in zip(messages, cases, strict=True):
+            assert text in message
+            assert "\n" not in message
 
 
 def test_what_cannot_be_read_or_computed_is_one_line(tiny: Path, tmp_path: Path) -> None:

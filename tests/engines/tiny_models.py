@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_aspo.planning.architectures import PUBLIC
 
 VOCAB = 131
 """No multiple of any tensor-parallel size."""
@@ -93,6 +100,78 @@ def write_model(name: str, folder: Path, **changed: Any) -> Path:
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
+    return folder
+
+
+def write_published(folder: Path, meant: Path, block: int = 16, **changed: Any) -> Path:
+    """Model deepseek-v3 in `folder` as DeepSeek publishes such a model; `meant` has the weights that it stands for in
+    float32. Linear weights are in FP8 with a scale for each block, other tensors in bfloat16, the router's bias in
+    float32; there is a layer for MTP; some scales are not in the file of their weights."""
+    write_model("deepseek-v3", meant, **changed)
+    generator = torch.Generator().manual_seed(2)
+    stored: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
+    for name, tensor in load_file(meant / "model.safetensors").items():
+        if "_proj" in name:
+            stored[name], stored[f"{name}_scale_inv"], plain[name] = _in_blocks(tensor, block)
+        elif name.endswith("e_score_correction_bias"):
+            stored[name] = plain[name] = 0.05 * torch.randn(tensor.shape, generator=generator)
+        else:
+            stored[name] = tensor.bfloat16()
+            plain[name] = stored[name].float()
+    save_file(plain, meant / "model.safetensors", {"format": "pt"})
+
+    mtp = "model.layers.2."
+    second = {name.replace("model.layers.1.", mtp): x.clone() for name, x in stored.items() if "layers.1." in name}
+    size, embedding = plain["model.norm.weight"].numel(), stored["model.embed_tokens.weight"]
+    second |= {f"{mtp}{name}.weight": torch.ones(size).bfloat16() for name in ("enorm", "hnorm", "shared_head.norm")}
+    second |= {f"{mtp}{name}.weight": embedding.clone() for name in ("embed_tokens", "shared_head.head")}
+    second[f"{mtp}eh_proj.weight"] = torch.ones(size, 2 * size).bfloat16()
+    second |= {name: stored.pop(name) for name in list(stored) if "layers.1." in name and name.endswith("_scale_inv")}
+    folder.mkdir()
+    files = {f"model-0000{i}-of-00002.safetensors": tensors for i, tensors in enumerate((stored, second), 1)}
+    for name, tensors in files.items():
+        save_file(tensors, folder / name, {"format": "pt"})
+    weight_map = {tensor: name for name, tensors in files.items() for tensor in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    ours, theirs = json.loads((meant / "config.json").read_text()), PUBLIC["deepseek-ai/DeepSeek-V3"]
+    config = {name: ours.get(name, value) for name, value in theirs.items()}
+    rope = ours["rope_parameters"]
+    config |= {
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+        "num_nextn_predict_layers": theirs["num_nextn_predict_layers"],
+        "quantization_config": theirs["quantization_config"] | {"weight_block_size": [block, block]},
+        "rope_scaling": {name: rope[name] for name in theirs["rope_scaling"] if name != "type"} | {"type": "yarn"},
+        "rope_theta": rope["rope_theta"],
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _in_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight in FP8, the scales of its blocks, and what the two stand for."""
+    rows, columns = weight.shape
+    padded = functional.pad(weight, (0, -columns % block, 0, -rows % block))
+    blocks = padded.reshape(padded.shape[0] // block, block, -1, block)
+    scales = blocks.abs().amax((1, 3), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    fp8 = (blocks / scales).to(torch.float8_e4m3fn)
+    stored, meant = (x.reshape(padded.shape)[:rows, :columns].contiguous() for x in (fp8, fp8.float() * scales))
+    return stored, scales[:, 0, :, 0].contiguous(), meant
+
+
+def change_published(
+    source: Path, folder: Path, config: dict[str, Any] | None = None, **tensors: Tensor | None
+) -> Path:
+    """A copy of a published model with other tensors, None for none, and fields of config.json, None for none."""
+    shutil.copytree(source, folder)
+    path = folder / "config.json"
+    fields = json.loads(path.read_text()) | (config or {})
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+    for file in folder.glob("*.safetensors"):
+        found = {name: tensors.get(name, tensor) for name, tensor in load_file(file).items()}
+        save_file({name: x for name, x in found.items() if x is not None}, file, {"format": "pt"})
     return folder
 
 
