@@ -218,6 +218,18 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that replace the file's")
 
 
+def _check_files(config: RunConfig) -> None:
+    """Raise UserError where there are no files at the configured paths; what they hold is the ranks' to check."""
+    sources = config.data.all_sources
+    if any(source.path for source in sources):
+        from megatron_aspo.data.files import find_files
+
+        for source in sources:
+            for name in ("path", "eval_path"):
+                if getattr(source, name):
+                    find_files(getattr(source, name), f"data.{name}")
+
+
 def _run_ranks(arguments: argparse.Namespace) -> int:
     from megatron_aspo.launch import run_local
 
@@ -235,6 +247,7 @@ def _run_ranks(arguments: argparse.Namespace) -> int:
     if arguments.command != "export":
         check_engine(config.rollout)
     if arguments.command == "train":
+        _check_files(config)
         make_folders(config)
         find_resume(config)
     elif arguments.command == "eval":

@@ -1,6 +1,7 @@
-"""The wheel with nothing but the dependencies that it declares, in an environment of its own, away from the checkout.
+"""Installed as a newcomer does it: the wheel with the dependencies that it declares, and the loss with torch alone.
 
-They come from uv's cache, where `make install` has put them: the versions are the lock's, the network is not asked.
+The environments are new. What fills them comes from uv's cache, where `make install` has put it: the versions are the
+lock's, and no network is needed.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ ROOT = Path(__file__).parents[2]
 UV = (ROOT / "scripts" / "bootstrap.sh", "uv")
 
 
-def run(*command: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, cwd: Path, code: int = 0, more: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     # The package of this checkout must not come to the installed one's help, nor its launcher's variables.
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run([*command], cwd=cwd, env=clean, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command], cwd=cwd, env=clean | (more or {}), capture_output=True, text=True, timeout=500)
     assert done.returncode == code, done.stderr + done.stdout
     return done
 
 
-def declared(wheel: Path) -> set[str]:
-    """The packages that installing the wheel without extras brings, by what each declares in turn."""
+def locked(*requirements: str) -> str:
+    """The lock's lines of what installing the requirements brings, by what each package declares in turn."""
     found: set[tuple[str, str]] = set()  # (package, extra)
-    (itself,) = importlib.metadata.distributions(path=[str(wheel)])
-    todo = [(line, "") for line in itself.requires or ()]
+    todo = [(line, "") for line in requirements]
     while todo:
         line, extra = todo.pop()
         wanted = Requirement(line)
@@ -49,7 +51,9 @@ def declared(wheel: Path) -> set[str]:
             if key not in found:
                 found.add(key)
                 todo += [(line, key[1]) for line in importlib.metadata.requires(key[0]) or ()]
-    return {name for name, _ in found}
+    lock = re.split(r"\n(?=\S)", (ROOT / "requirements.txt").read_text(encoding="utf-8"))
+    pins = {pin.partition("==")[0]: pin for pin in lock if not pin.startswith("#")}
+    return "\n".join(pins[name] for name in sorted({name for name, _ in found}))
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("install")
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
     (wheel,) = folder.glob("*.whl")
-    lock = re.split(r"\n(?=\S)", (ROOT / "requirements.txt").read_text(encoding="utf-8"))
-    pins = {re.split("==| @ ", pin, maxsplit=1)[0]: pin for pin in lock if not pin.startswith("#")}
-    (folder / "declared.txt").write_text("\n".join(pins[name] for name in sorted(declared(wheel))))
+    (itself,) = importlib.metadata.distributions(path=[str(wheel)])
+    (folder / "declared.txt").write_text(locked(*(itself.requires or ())))
     python = folder / "venv" / "bin" / "python"
     run(*UV, "venv", "--no-config", "--python", sys.executable, folder / "venv", cwd=ROOT)
     install = (*UV, "pip", "install", "--no-config", "--offline", "--no-deps", "--python", python)
@@ -113,3 +116,39 @@ def test_what_an_extra_would_bring(folder: Path, arguments: tuple[str, str], mes
     done = run(command, "train", f"examples/{arguments[0]}", *arguments[1:], cwd=folder, code=2)
     assert re.fullmatch(r"megatron-aspo: [^\n]+\n", done.stderr)
     assert done.stderr.startswith(f"megatron-aspo: {message}")
+
+
+# Stands in for the two programs in the page's commands: so that neither Python's ensurepip nor the network is needed.
+PROGRAMS = """
+python3.12() { "$PYTHON" "$@" --without-pip; }
+pip() {
+  case "$*" in
+    "install torch") set -- --require-hashes --requirement "$TORCH" ;;
+    "install --no-deps .") set -- --build-constraints "$LOCK" "$PWD" ;;
+    *) echo "pip $* is not known here" >&2 && return 1 ;;
+  esac
+  "$BOOTSTRAP" uv pip install --no-config --offline --no-deps "$@"
+}
+"""
+
+
+def test_the_loss_alone_as_the_page_has_it(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
+    section = page.partition("\n## The loss alone\n")[2].partition("\n## ")[0]
+    (commands,) = re.findall(r"^```bash\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    (script,) = re.findall(r'^```python title="first_loss.py"\n(.*?)^```$', section, re.MULTILINE | re.DOTALL)
+    (printed,) = re.findall(r"`python first_loss.py` prints `([^`]*)`", section)
+    assert len(commands.splitlines()) == 3
+    assert len([line for line in script.splitlines() if line]) <= 10
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT / "megatron_aspo", clone / "megatron_aspo", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    (tmp_path / "first_loss.py").write_text(script)  # not in the clone, whose package would be found first
+    (tmp_path / "torch.txt").write_text(locked("torch"))
+    places = {"BOOTSTRAP": UV[0], "LOCK": ROOT / "requirements.txt", "TORCH": tmp_path / "torch.txt"}
+    environment = {name: str(path) for name, path in {**places, "PYTHON": sys.executable}.items()}
+    ending = "cd .. && python first_loss.py && python -c 'import megatron_aspo; print(megatron_aspo.__file__)'"
+    done = run("bash", "-ec", f"{PROGRAMS}{commands}{ending}", cwd=clone, more=environment)
+    assert done.stdout.splitlines()[0] == printed == "{'weight_pos': 0.905, 'weight_neg': 1.105}"  # e^-0.1, e^0.1
+    assert "site-packages" in done.stdout.splitlines()[1]

@@ -12,6 +12,8 @@ from megatron_aspo import cli, launch
 
 COMMANDS = ("train", "eval", "export", "check-rollout", "plan", "report", "doctor")
 
+DATA = Path(__file__).parents[1] / "data"
+
 GOOD = "name: t\nmodel: {num_layers: 2}\n"
 
 
@@ -289,6 +291,12 @@ def test_files(capsys: pytest.CaptureFixture[str], folder: Path, content: str | 
         ("train run.yaml --checkpoint x", "unrecognized arguments: --checkpoint"),
         ("train run.yaml output_dir=run.yaml", "output_dir: cannot make the folder run.yaml/t: Not a directory"),
         ("train run.yaml warmup.cache_dir=run.yaml/c", "warmup.cache_dir: cannot make the folder run.yaml/c"),
+        (
+            "train run.yaml data.path=run.jsonl",
+            "no file at data.path=run.jsonl; give a .parquet, .jsonl, .json file, a pattern, or a folder (from /",
+        ),
+        (f"train run.yaml data.path={DATA} data.eval_path=no.json", "no file at data.eval_path=no.json; give a "),
+        ("train run.yaml data.path=run.yaml", "data.path: run.yaml is not a .parquet, .jsonl, .json file; convert it"),
         ("train run.yaml --resume nowhere", "nowhere is not a complete checkpoint; give the path of a step_... folder"),
         ("eval run.yaml --checkpoint nowhere", "nowhere is not a complete checkpoint"),
         ("eval run.yaml", "no checkpoint under runs/t/checkpoints; train first, or give --checkpoint"),
