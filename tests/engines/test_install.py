@@ -124,7 +124,7 @@ python3.12() { "$PYTHON" "$@" --without-pip; }
 pip() {
   case "$*" in
     "install torch") set -- --require-hashes --requirement "$TORCH" ;;
-    "install --no-deps .") set -- --build-constraints "$LOCK" "$PWD" ;;
+    "install --no-deps .") "$PYTHON" -m hatchling build -t wheel -d "$BUILT" >/dev/null 2>&1 && set -- "$BUILT"/*.whl ;;
     *) echo "pip $* is not known here" >&2 && return 1 ;;
   esac
   "$BOOTSTRAP" uv pip install --no-config --offline --no-deps "$@"
@@ -146,7 +146,7 @@ def test_the_loss_alone_as_the_page_has_it(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, clone)
     (tmp_path / "first_loss.py").write_text(script)  # not in the clone, whose package would be found first
     (tmp_path / "torch.txt").write_text(locked("torch"))
-    places = {"BOOTSTRAP": UV[0], "LOCK": ROOT / "requirements.txt", "TORCH": tmp_path / "torch.txt"}
+    places = {"BOOTSTRAP": UV[0], "BUILT": tmp_path / "built", "TORCH": tmp_path / "torch.txt"}
     environment = {name: str(path) for name, path in {**places, "PYTHON": sys.executable}.items()}
     ending = "cd .. && python first_loss.py && python -c 'import megatron_aspo; print(megatron_aspo.__file__)'"
     done = run("bash", "-ec", f"{PROGRAMS}{commands}{ending}", cwd=clone, more=environment)
