@@ -11,6 +11,7 @@ import pytest
 import torch
 from ranks import run
 from safetensors.torch import load_file, save_file
+from tiny_models import change_published, write_published
 
 from megatron_aspo.config_file import load_config
 from megatron_aspo.errors import UserError
@@ -102,6 +103,7 @@ def run_file(folder: Path, model: Path, *lines: str) -> str:
 def test_what_is_planted_wrong_is_found(tiny: Path, tmp_path: Path) -> None:
     last = "model.layers.1.mlp.up_proj.weight"
     lost = "model.layers.1.mlp.experts.3.down_proj.weight"
+    published, scale = write_published(tmp_path / "fp8", tmp_path / "meant"), f"{lost}_scale_inv"
     pp2, ep2 = "parallel: {pipeline: 2}", "parallel: {expert: 2, tensor: 2, expert_tensor: 1, sequence_parallel: true}"
     vllm = "rollout: {engine: vllm, max_response_tokens: 32}"
     tp2 = "parallel: {tensor: 2}"
@@ -158,8 +160,13 @@ def test_what_is_planted_wrong_is_found(tiny: Path, tmp_path: Path) -> None:
             case(changed_copy(tiny / "deepseek-v3", tmp_path / "k", num_experts_per_tok=2), vllm),
             1,
         ),
-        "a layer for a second token (MTP)": (
-            case(changed_copy(tiny / "deepseek-v3", tmp_path / "l", num_nextn_predict_layers=1), vllm),
+        "53 tensors of its files each consumed once": (case(published, "parallel: {expert: 2, pipeline: 2}", vllm), 4),
+        f"lacks the tensor(s) {scale}, without which": (
+            case(change_published(published, tmp_path / "l", **{scale: None}), vllm),
+            1,
+        ),
+        "quant_method=awq, weight_block_size=None; only fp8": (
+            case(change_published(published, tmp_path / "n", {"quantization_config": {"quant_method": "awq"}}), vllm),
             1,
         ),
     }

@@ -100,7 +100,9 @@ def logprob_error(folder: Path, batches: list[MicroBatch]) -> float:
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model as DeepSeek publishes its own, and beside it, in `meant`, the weights that it stands for."""
     folder = tmp_path_factory.mktemp("published")
-    return write_published(folder / "fp8", folder / "meant")
+    write_published(folder / "fp8", folder / "meant")
+    write_tokenizer(folder / "fp8")
+    return folder / "fp8"
 
 
 def there_and_back(
@@ -347,6 +349,7 @@ def test_what_was_published_in_fp8_is_exported_in_the_dtype_of_the_model(publish
     loaded: Any = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
     model, loading = loaded
     assert not any(loading.values())
+    assert HuggingFaceTokenizer(str(published)).vocab_size == HuggingFaceTokenizer(str(exported)).vocab_size == VOCAB
     assert model.dtype == torch.bfloat16
     assert model.config.num_nextn_predict_layers == 0
 
