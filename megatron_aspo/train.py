@@ -113,6 +113,8 @@ def train(
     tokenizer = load_tokenizer(config)
     prompts = PromptStream.of(config, tokenizer, source)
     policy = Policy(config, tokenizer.vocab_size)
+    if resume_from:
+        checkpoint.check_same_model(resume_from, policy)
     engine = build_engine(policy, config.rollout, tokenizer, config.seed, channel, rollout)
     steps = config.train.steps
 

@@ -96,7 +96,7 @@ def load(path: Path, policy: Policy) -> tuple[int, dict[str, Any]]:
     Raises:
         UserError: no complete checkpoint at `path`, or one of another model.
     """
-    meta = _meta_of_same_model(path, policy)
+    meta = check_same_model(path, policy)
     updated = meta["updates"] > 0
     loaded = _load_sharded(_sharded_state(policy, with_optimizer=updated, is_loading=True), path)
     policy.model.module.load_state_dict(loaded["model"])
@@ -142,7 +142,7 @@ def save_weights(path: Path, policy: Policy) -> None:
 def load_weights(path: Path, policy: Policy) -> None:
     """Read the model alone, from a checkpoint or from what `save_weights` wrote; the optimizer takes the weights
     over. Collective."""
-    _meta_of_same_model(path, policy)
+    check_same_model(path, policy)
     loaded = _load_sharded(_sharded_state(policy, with_optimizer=False), path)
     policy.model.module.load_state_dict(loaded["model"])
     policy.optimizer.reload_model_params()
@@ -158,7 +158,12 @@ def _model_meta(policy: Policy) -> dict[str, Any]:
     return meta
 
 
-def _meta_of_same_model(path: Path, policy: Policy) -> dict[str, Any]:
+def check_same_model(path: Path, policy: Policy) -> dict[str, Any]:
+    """The `meta.json` of a checkpoint whose model is the policy's.
+
+    Raises:
+        UserError: it is another one; the settings that differ are named.
+    """
     meta = read_meta(path)
     current = _model_meta(policy)
     # What an older version did not know yet had its default.
