@@ -38,11 +38,11 @@ def run_tests(python: str | Path, folders: list[str], tests: int) -> None:
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="no verl, no TRL: make integrations")
 def test_the_adapters_in_their_frameworks() -> None:
-    run_tests(PYTHON, ["verl", "trl"], 28 + 21)
+    run_tests(PYTHON, ["verl", "trl"], 28 + 22)
 
 
 def test_the_adapters_by_the_published_interfaces() -> None:
-    run_tests(sys.executable, ["slime", "nemo_rl"], 18 + 14)
+    run_tests(sys.executable, ["slime", "nemo_rl"], 19 + 14)
 
 
 def what_torch_requires() -> set[str]:

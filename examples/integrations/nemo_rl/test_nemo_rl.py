@@ -116,11 +116,12 @@ def batch() -> tuple[dict[str, Tensor], Tensor]:
     data = {
         "token_mask": (torch.rand(ROWS, TOKENS, generator=draw) < 0.7).double(),
         "sample_mask": torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64),
-        "advantages": normal()[:, :1].expand(-1, TOKENS),
+        "advantages": normal()[:, :1].repeat(1, TOKENS),
         "prev_logprobs": normal() - 3,
         "generation_logprobs": normal() - 3,
     }
     data["token_mask"][:, 0] = 1  # a prompt's token; the shift must leave it out
+    data["advantages"][:, 0] = 9
     logprobs = data["prev_logprobs"][:, 1:] + 0.7 * normal()[:, 1:]
     return data, logprobs.requires_grad_()
 

@@ -172,6 +172,7 @@ def test_without_old_log_probs_every_ratio_is_one(aspo_loss: Callable[..., Any])
 def test_a_batch_that_is_wholly_masked_still_reaches_the_logits(aspo_loss: Callable[..., Any]) -> None:
     given, logits = batch()
     given["loss_masks"] = [torch.zeros_like(mask) for mask in given["loss_masks"]]
+    given["log_probs"][0][0] = torch.nan  # what is masked may be anything
     loss, _ = aspo_loss(arguments(), given, logits, reduction(given["loss_masks"], False))
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss.item() == 0
@@ -184,7 +185,7 @@ def test_a_rank_without_a_token_still_reaches_the_logits(
     """As a context-parallel rank may be."""
     given, logits = batch()
     none = [torch.empty(0, dtype=torch.float64) for _ in RESPONSES]
-    found = {"log_probs": [logits[0, :0, 0] for _ in RESPONSES], "entropy": none}
+    found = {"log_probs": none, "entropy": none}
     monkeypatch.setattr(
         sys.modules["slime.backends.megatron_utils.loss"],
         "get_log_probs_and_entropy",
@@ -218,11 +219,36 @@ def test_clips_and_cap_are_the_arguments(aspo_loss: Callable[..., Any]) -> None:
     reduce = reduction(given["loss_masks"], True)
     ratio = torch.cat([(a - b).detach() for a, b in zip(current(logits, given), given["log_probs"], strict=True)]).exp()
     positive = torch.cat(given["advantages"]) > 0
-    _, log = aspo_loss(arguments(eps_clip=0.1, eps_clip_high=0.5, eps_clip_c=1.5), given, logits, reduce)
-    outside = torch.where(positive, ratio > 1.5, ratio < 0.9)
+    high = float(ratio[positive].max()) - 0.99  # none is above 1 + high, one is above 1.1
+    assert high > 0.1
+    _, log = aspo_loss(arguments(eps_clip=0.1, eps_clip_high=high, eps_clip_c=1.5), given, logits, reduce)
+    _, one = aspo_loss(arguments(eps_clip=0.1, eps_clip_c=1.5), given, logits, reduce)
+    assert log["pg_clipfrac"] < one["pg_clipfrac"]
+    outside = torch.where(positive, ratio > 1 + high, ratio < 0.9)
     capped = torch.where(positive, 1 / ratio, ratio) > 1.5
     assert log["pg_clipfrac"].item() == reduce(outside.double()).item()
     assert log["soft_clipfrac"].item() == reduce((capped & ~outside).double()).item() > 0
+
+
+def test_top_p_is_handed_on_and_no_gradient_is_needed(
+    aspo_loss: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = sys.modules["slime.backends.megatron_utils.loss"]
+    calls: list[dict[str, Any]] = []
+
+    def called(logits: Tensor, *, top_p_token_ids: Any = None, **kwargs: Any) -> Any:
+        calls.append({"top_p_token_ids": top_p_token_ids})
+        return get_log_probs_and_entropy(logits, **kwargs)
+
+    monkeypatch.setattr(there, "get_log_probs_and_entropy", called)
+    monkeypatch.setattr(
+        there, "get_rollout_top_p_logprob_kwargs", lambda args, batch: {"top_p_token_ids": batch["kept"]}
+    )
+    given, logits = batch()
+    with torch.no_grad():
+        loss, _ = aspo_loss(arguments(), {**given, "kept": "these"}, logits, reduction(given["loss_masks"], True))
+    assert calls == [{"top_p_token_ids": "these"}]
+    assert not loss.requires_grad
 
 
 def current(logits: Tensor, given: dict[str, Any]) -> list[Tensor]:
