@@ -148,7 +148,8 @@ class ModelConfig:
 
     Attributes:
         hf_path: a folder in Hugging Face's format (config.json, `*.safetensors`, tokenizer files) or a hub id, of a
-            Llama, Qwen2, Qwen3 or Qwen3-MoE model. Shape and tokenizer come from there, and only `dtype`,
+            Llama, Qwen2, Qwen3, Qwen3-MoE or DeepSeek-V3 model. FP8 weights with scales of blocks are read into
+            `dtype`, layers for multi-token prediction left out. Shape and tokenizer come from there, and only `dtype`,
             `max_sequence_length` and the coefficients of the router's losses are settings. Empty: random weights.
         num_layers, hidden_size, ffn_hidden_size, num_attention_heads: the decoder's shape, in Megatron's words.
         num_query_groups: heads of keys and values; with as many as `num_attention_heads` attention is not grouped.
