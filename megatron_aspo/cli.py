@@ -1,4 +1,4 @@
-"""The command line: `megatron-aspo train | eval | export | check-rollout | plan | report | doctor`.
+"""The command line: `megatron-aspo train | eval | export | check-rollout | plan | report | metrics | doctor`.
 
 Nothing heavy is imported before the configuration has been read and found sound.
 """
@@ -47,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_summary(arguments.run_dirs)
             print("\n".join(str(path) for path in paths))
             return 0
+        if arguments.command == "metrics":
+            from megatron_aspo.show_metrics import metrics_table
+
+            print("\n".join(metrics_table(arguments.run_dir, arguments.names)))
+            return 0
         if arguments.command == "doctor":
             from megatron_aspo import doctor
 
@@ -62,7 +67,7 @@ def build_parser() -> Parser:
     """Of all commands."""
     parser = Parser(prog="megatron-aspo", description="ASPO reinforcement learning on Megatron-Core.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    names = "train | eval | export | check-rollout | plan | report | doctor"
+    names = "train | eval | export | check-rollout | plan | report | metrics | doctor"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     for name, add_arguments, help_text in (
         ("train", add_run_arguments, "train a policy; starts the ranks of one host itself, or runs under torchrun"),
@@ -84,6 +89,12 @@ def build_parser() -> Parser:
     report = commands.add_parser("report", help=report_help, description=report_help)
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="runs/<name>")
     report.add_argument("--out", type=Path, metavar="FOLDER", help="default: the run's folder; of several, report/")
+    metrics_help = "print metrics of a run, a line a step"
+    metrics = commands.add_parser("metrics", help=metrics_help, description=metrics_help)
+    metrics.add_argument("run_dir", type=Path, metavar="RUN", help="runs/<name>")
+    metrics.add_argument(
+        "names", nargs="*", metavar="METRIC", help="such as loss/entropy or 'time/*' (default: list the names)"
+    )
     doctor = commands.add_parser("doctor", help="look for what is wrong with this machine; exit code 1 if something is")
     doctor.add_argument("--json", action="store_true", help="for programs")
     return parser

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_aspo import cli, launch
 
-COMMANDS = ("train", "eval", "export", "check-rollout", "plan", "report", "doctor")
+COMMANDS = ("train", "eval", "export", "check-rollout", "plan", "report", "metrics", "doctor")
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -4,12 +4,9 @@ and messages that docs/operations.md names are there."""
 import ast
 import dataclasses
 import importlib.util
-import json
 import math
 import re
 import struct
-import subprocess
-import sys
 import typing
 from pathlib import Path
 from types import ModuleType
@@ -169,24 +166,6 @@ def test_lines_that_operations_quotes_are_printed_by_the_code() -> None:
     assert len(quoted) > 15
     texts = messages()
     assert [text for text in quoted if not any(text in one for one in texts)] == []
-
-
-def test_the_first_commands_of_operations_work(tmp_path: Path) -> None:
-    records = [
-        {"step": 0, "phase": "eval", "time": 1.0, "eval/accuracy": 0.25},
-        {"step": 1, "phase": "train", "time": 2.0, "reward/mean": 0.123456, "loss/entropy": None},
-        {"step": 2, "phase": "train", "time": 3.0, "loss/value": 1.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (function,) = re.findall(r"^m\(\) \{.*?^' \"\$@\"; \}$", OPERATIONS, re.MULTILINE | re.DOTALL)
-    python = f'python() {{ {sys.executable} "$@"; }}\n'
-    done = subprocess.run(
-        ["bash", "-c", f"{python}{function}\nm {tmp_path} reward/mean loss/entropy eval/accuracy"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines() == ["eval 0 - - 0.25", "train 1 0.1235 - -"]
 
 
 def test_links_within_operations_lead_to_headings() -> None:
