@@ -332,6 +332,14 @@ def test_packed_bins_and_loops_of_ones_own_give_the_same(
     check(run(2, by_schedule, parallel, True, arrangement), expected, parallel)
 
 
+def test_a_metric_over_no_token_reads_0() -> None:
+    """Megatron-LM divides its pairs, and takes NaN for a failed iteration."""
+    none = torch.zeros(1, 4)
+    _, _, metrics = adapter().loss_func(policy_loss(none, none, none, none, LOSS, none, none, none, allow_empty=True))
+    assert metrics["aspo/ratio_pos"].shape == (2,)
+    assert all(float(total / count) == 0 for total, count in metrics.values())
+
+
 def gathered_logits() -> int:
     config = run_config(ParallelConfig(tensor=2))
     with distributed(config):
