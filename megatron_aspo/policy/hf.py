@@ -30,8 +30,7 @@ from torch import Tensor
 from megatron_aspo.config import ModelConfig, ParallelConfig
 from megatron_aspo.config_checks import check_hugging_face, check_layout
 from megatron_aspo.errors import UserError
-from megatron_aspo.policy.hf_folder import FP8, SCALE, PublishedForm, copy_configuration, local_folder
-from megatron_aspo.policy.hf_folder import listed as _listed
+from megatron_aspo.policy.hf_folder import FP8, SCALE, PublishedForm, copy_configuration, listed, local_folder
 from megatron_aspo.policy.model import Architecture
 from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.run_folder import PARTIAL_SUFFIX
@@ -274,9 +273,9 @@ def load_weights(path: str, model: torch.nn.Module) -> None:
     spare |= {_EMBEDDINGS[1]} if gpt.share_embeddings_and_output_weights else set()
     missing, extra = sorted(needed - present.keys()), sorted(present.keys() - needed - spare)
     if missing:
-        raise UserError(f"model.hf_path={path} lacks {_listed(missing)}, which its config.json calls for")
+        raise UserError(f"model.hf_path={path} lacks {listed(missing)}, which its config.json calls for")
     if extra:
-        raise UserError(f"model.hf_path={path} has {_listed(extra)}, for which its config.json leaves no place")
+        raise UserError(f"model.hf_path={path} has {listed(extra)}, for which its config.json leaves no place")
     expected = _expected_shapes(bridge.hf_pretrained.config)
     for name in sorted(present.keys() & expected.keys()):
         if present[name] != expected[name]:

@@ -53,6 +53,7 @@ def copy_configuration(model: ModelConfig, folder: Path) -> None:
 
 
 def listed(names: list[str]) -> str:
+    """The tensors' names for a message, or the first three and how many."""
     shown = ", ".join(names[:3])
     return f"{len(names)} tensors, among them {shown}" if len(names) > 3 else f"the tensor(s) {shown}"
 
