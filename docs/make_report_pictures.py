@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, sync_playwright  # pyright: ignore[reportMissingImports]
 
 from megatron_aspo.report import write_report
 

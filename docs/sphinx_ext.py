@@ -85,8 +85,11 @@ def sections_of(settings: type[Any]) -> dict[str, type[Any] | None]:
     kinds = {
         name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints.items()
     }
-    fields = dataclasses.fields(settings)
-    return {f.name: next((kind for kind in kinds[f.name] if dataclasses.is_dataclass(kind)), None) for f in fields}
+    sections: dict[str, type[Any] | None] = {}
+    for field in dataclasses.fields(settings):
+        inner = [kind for kind in kinds[field.name] if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+        sections[field.name] = inner[0] if inner else None
+    return sections
 
 
 def documented_fields(settings: type[Any]) -> tuple[str, dict[str, str]]:

@@ -31,6 +31,7 @@ from megatron_aspo.planning.memory import training_ranks
 from megatron_aspo.planning.parameters import Count, stage_parameters
 from megatron_aspo.planning.plan import Plan
 from megatron_aspo.policy import cpu
+from megatron_aspo.policy.hf_folder import listed
 from megatron_aspo.policy.model import Architecture, build_gpt, initialize_parallel, read_architecture
 
 
@@ -184,7 +185,7 @@ def _check_files(plan: Plan, config: RunConfig, roles: list[_Role]) -> int:
     for role in roles:
         names = [name for consumed in role.consumed for name in consumed.names]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise UserError(f"model.hf_path={path}: stage {role.stage} takes {hf._listed(twice)} twice")
+            raise UserError(f"model.hf_path={path}: stage {role.stage} takes {listed(twice)} twice")
         for consumed in role.consumed:
             place = (role.stage, role.expert if consumed.is_expert else 0)
             for name in consumed.names:
@@ -192,11 +193,11 @@ def _check_files(plan: Plan, config: RunConfig, roles: list[_Role]) -> int:
             _check_size(path, consumed, present)
     spare = {"lm_head.weight"} if plan.shape.tied else set[str]()
     if missing := sorted(takers.keys() - present.keys()):
-        raise UserError(f"model.hf_path={path} lacks {hf._listed(missing)}, which its config.json calls for")
+        raise UserError(f"model.hf_path={path} lacks {listed(missing)}, which its config.json calls for")
     if extra := sorted(present.keys() - takers.keys() - spare):
-        raise UserError(f"model.hf_path={path} has {hf._listed(extra)}, for which its config.json leaves no place")
+        raise UserError(f"model.hf_path={path} has {listed(extra)}, for which its config.json leaves no place")
     if shared := sorted(name for name, places in takers.items() if len(places) > 1):
-        raise UserError(f"model.hf_path={path}: several pipeline stages or experts take {hf._listed(shared)}")
+        raise UserError(f"model.hf_path={path}: several pipeline stages or experts take {listed(shared)}")
     return len(takers)
 
 
