@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "metrics":
             from megatron_aspo.show_metrics import metrics_table
 
-            print("\n".join(metrics_table(arguments.run_dir, arguments.names)))
+            lines, notes = metrics_table(arguments.run_dir, arguments.names)
+            print("\n".join(lines))
+            print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
             return 0
         if arguments.command == "doctor":
             from megatron_aspo import doctor

@@ -75,9 +75,10 @@ class RunLog:
             file.writelines(json.dumps(_finite(record)) + "\n" for record in records)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what a full disk does not take has been told when it was logged
-            self._file.close()
-            self._writer.close()
+        for file in (self._file, self._writer):
+            # Every record was flushed: what a full disk did not take has been told when it was logged.
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _write_scalars(self, record: Record) -> None:
         prefix = "warmup/" if record["phase"] == "warmup" else ""

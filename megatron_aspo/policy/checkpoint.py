@@ -210,10 +210,10 @@ def _save_sharded(state: dict[str, Any], path: Path) -> None:
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """Megatron's and torch's writers say of a full disk that a worker failed, or that a position is unexpected: what is
-    free there is told with it."""
+    free there is told with it. A rank that is lost, or memory, is no failure to write."""
     try:
         yield
-    except (CheckpointException, OSError, RuntimeError) as error:
+    except (CheckpointException, OSError) as error:
         # The last line: torch's message has the tracebacks of all ranks in it.
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         free = shutil.disk_usage(path.parent).free / (1 << 30)

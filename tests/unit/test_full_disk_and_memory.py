@@ -9,6 +9,7 @@ import torch
 
 from megatron_aspo.errors import RunError
 from megatron_aspo.journal import Clock
+from megatron_aspo.policy import checkpoint
 from megatron_aspo.run_log import RunLog
 
 
@@ -45,3 +46,18 @@ def test_other_errors_stay_what_they_are() -> None:
         with pytest.raises(type(error)) as caught, clock("update"):
             raise error
         assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), r"^cannot write .*/step_000001\.partial: .*No space left on device; "),
+        (RuntimeError("Connection closed by peer"), "^Connection closed by peer$"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "^out of memory in checkpoint: CUDA out of memory; "),
+    ],
+)
+def test_what_stops_a_checkpoint_is_told_apart(tmp_path: Path, error: Exception, told: str) -> None:
+    clock = Clock()
+    with pytest.raises(RuntimeError if "peer" in told else RunError, match=told):  # noqa: SIM117
+        with clock("checkpoint"), checkpoint._writing(tmp_path / "step_000001.partial"):
+            raise error
