@@ -50,7 +50,7 @@ def test_ten_lines_are_enough(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = read_metrics(folder / "runs" / "mine")
     accuracy = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
-    assert accuracy[-1] > accuracy[0]
+    assert accuracy[-1] > accuracy[0] + 0.05  # 0.17 to 0.33 when the page was written
     groups = [json.loads(line) for line in (folder / "runs" / "mine" / "samples.jsonl").read_text().splitlines()]
     answers = {problem["problem"]: problem["answer"] for problem in problems}
     assert {group["prompt"] for group in groups} <= set(answers)
