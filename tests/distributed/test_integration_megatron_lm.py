@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import zlib
@@ -31,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from ranks import VOCAB, ends, full_tensors, run, run_config
 from torch import Tensor
+from torch.distributed.run import config_from_args, get_args_parser
 from watch import Watch
 
 from megatron_aspo.config import ParallelConfig
@@ -379,26 +379,56 @@ def test_a_mean_per_micro_batch_is_refused() -> None:
 # --- The page's commands ---
 
 
-def flags(*changes: str) -> tuple[list[str], PolicyLossConfig]:
-    """Those of the page's command that Megatron's parser does not know, and what `rl_config` makes of the others."""
+def launch(node: int) -> argparse.Namespace:
+    """The page's command on that node, by torchrun's own parser."""
+    (command,) = (block for block in blocks("bash") if "train_rl.py" in block)
+    done = subprocess.run(
+        ["bash", "-euc", f"torchrun() {{ printf '%s\\0' \"$@\"; }}\n{command}"],
+        env=os.environ | {"RANK": str(node), "MASTER": "first-node"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return get_args_parser().parse_args(done.stdout.split("\0")[:-1])
+
+
+def test_torchrun_takes_the_pages_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else it sets one
+    for node in (0, 7):
+        config, _, words = config_from_args(launch(node))
+        assert (config.min_nodes, config.max_nodes, config.nproc_per_node) == (8, 8, 8)
+        assert (config.rdzv_endpoint, config.rdzv_configs["rank"]) == ("first-node:29500", node)
+        assert words[1:3] == ["train_rl.py", "--perform-rl-step"]
+
+
+def flags(*changes: str) -> tuple[list[str], dict[str, Any], PolicyLossConfig]:
+    """Those of the page's command that Megatron's parser does not know, the whole numbers of the others, and what
+    `rl_config` makes of them."""
     from megatron.training.arguments import add_megatron_arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_megatron_arguments(parser)
-    (command,) = (shlex.split(block.replace("\\\n", " ")) for block in blocks("bash") if "train_rl.py" in block)
-    known, unknown = parser.parse_known_args([*command[command.index("train_rl.py") + 1 :], *changes])
-    return unknown, adapter().rl_config(known)
+    known, unknown = parser.parse_known_args([*launch(0).training_script_args, *changes])
+    sizes = {name: value for name, value in vars(known).items() if isinstance(value, int)}
+    return unknown, sizes, adapter().rl_config(known)
 
 
 def test_megatrons_parser_takes_the_pages_command() -> None:
-    unknown, config = run(1, flags)[0]
+    unknown, sizes, config = run(1, flags)[0]
     assert unknown == []
+    updates, left = divmod(sizes["train_samples"], sizes["global_batch_size"])
+    responses = sizes["grpo_prompts_per_step"] * sizes["grpo_group_size"]
+    batches = updates // (sizes["grpo_iterations"] * (responses // sizes["global_batch_size"]))
+    assert (left, batches) == (0, updates // 8)
+    assert f"{updates} updates of {sizes['global_batch_size']}" in README
+    assert f"{batches} batches of 8 updates" in README
+    assert sizes["calculate_per_token_loss"]
     assert (config.objective, config.clip_low, config.clip_high, config.dual_clip) == ("aspo", 0.2, 0.2, 3.0)
     assert (config.kl_coef, config.entropy_coef, config.rollout_correction) == (0, 0, "none")
 
 
 def test_the_correction_without_a_limit_has_none() -> None:
-    _, config = run(1, flags, "--rl-inference-logprobs-is-correction")[0]
+    *_, config = run(1, flags, "--rl-inference-logprobs-is-correction")[0]
     assert config.rollout_correction == "truncate"
     assert config.rollout_ratio_high > torch.tensor(LOG_RATIO_LIMIT).exp()
 
@@ -433,11 +463,14 @@ def test_the_loop_is_the_same_on_four_ranks_as_on_one() -> None:
 
 @pytest.mark.slow
 def test_the_loops_command_runs_as_it_stands() -> None:
+    root = ADAPTER.parents[3]
+    (paths,) = (block for block in blocks("bash") if "export PYTHONPATH" in block)
     (command,) = (block for block in blocks("bash") if "train_loop.py" in block)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", f"{Path(sys.executable).parent}/{command}"],
-        cwd=ADAPTER.parent,
-        env=os.environ | {"PYTHONPATH": str(ADAPTER.parents[3]), "OMP_NUM_THREADS": "1"},
+        ["bash", "-euc", paths + command],
+        cwd=root,
+        env=os.environ | {"ASPO": str(root), "PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,6 +1,6 @@
 """A whole ASPO step over Megatron-Core's schedule, to lift from: old log-probs of rollouts, then several updates.
 
-    torchrun --nproc-per-node 4 train_loop.py --tensor 2 --pipeline 2
+    torchrun --nproc-per-node 4 examples/integrations/megatron_lm/train_loop.py --tensor 2 --pipeline 2
 
 GPTModel, rollouts and rewards stand for yours. Without GPUs it runs over gloo. See README.md.
 """
@@ -28,7 +28,6 @@ from megatron_lm_aspo import forward_step
 from torch import Tensor
 
 from megatron_aspo.loss import PolicyLossConfig, megatron_logprobs_head
-from megatron_aspo.policy import cpu
 
 VOCAB, PROMPT, LENGTH, MICRO_BATCH = 64, 4, 24, 2
 
@@ -149,8 +148,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--updates", type=int, default=4)
     parsed = parser.parse_args(arguments)
-    if not cpu.enable():  # Megatron-Core takes a GPU for granted; this stands in for it
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:  # Megatron-Core takes a GPU for granted; this stands in for it, and a loop that has one leaves it out
+        from megatron_aspo.policy import cpu
+
+        cpu.enable()
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parallel_state.initialize_model_parallel(parsed.tensor, parsed.pipeline)
     history = train(parsed)

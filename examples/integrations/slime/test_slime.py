@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
+import json
+import os
 import re
-import shlex
+import subprocess
 import sys
-from argparse import Namespace
+import tempfile
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +29,20 @@ README = (FOLDER / "README.md").read_text(encoding="utf-8")
 # THUDM/slime, slime/backends/megatron_utils/loss.py at 00c2d6db0f23a4900be6e80a8eb81eebf9e1ebff: `loss_function` calls
 # the function of --custom-loss-function-path by position, as its own `policy_loss_function`: these are the parameters.
 CALLED_WITH = ["args", "batch", "logits", "sum_of_sample_mean"]
+
+# Its flags that the page names, and their types: slime/utils/arguments.py at 002fa9d6bac42357d127df88ba01853fc56f939b.
+FLAGS: dict[Any, str] = {
+    int: "actor-num-nodes actor-num-gpus-per-node rollout-num-gpus-per-engine num-rollout rollout-batch-size "
+    "n-samples-per-prompt rollout-max-response-len max-tokens-per-gpu",
+    float: "rollout-temperature eps-clip eps-clip-high eps-clip-c entropy-coef",
+    str: "loss-type custom-loss-function-path advantage-estimator hf-checkpoint ref-load prompt-data input-key "
+    "label-key rm-type",
+    bool: "colocate apply-chat-template balance-data use-dynamic-batch-size recompute-loss-function",
+}
+CHOICES = {
+    "loss-type": ["policy_loss", "sft_loss", "custom_loss"],
+    "advantage-estimator": ["grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"],
+}
 PROMPT, RESPONSES, VOCAB = 2, (4, 1, 6), 7
 
 
@@ -57,14 +75,45 @@ def aspo_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     there.get_rollout_top_p_logprob_kwargs = lambda args, batch: {}
     monkeypatch.setitem(sys.modules, there.__name__, there)
     monkeypatch.syspath_prepend(str(FOLDER))
-    module, _, function = command("--custom-loss-function-path").rpartition(".")
+    words = submitted()
+    module, _, function = words[words.index("--custom-loss-function-path") + 1].rpartition(".")
     return getattr(importlib.import_module(module), function)
 
 
-def command(flag: str) -> str:
-    (block,) = (b for b in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL) if "train.py" in b)
-    words = shlex.split(block.replace("\\\n", " "))
-    return words[words.index(flag) + 1]
+@functools.cache
+def submitted() -> list[str]:
+    """The words that bash makes of the page's command for `ray`, where slime's script sets MODEL_ARGS as it does."""
+    (command,) = (b for b in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL) if "train.py" in b)
+    with tempfile.TemporaryDirectory() as checkout:
+        script = Path(checkout, "scripts/models/qwen3-32B.sh")
+        script.parent.mkdir(parents=True)
+        script.write_text('MODEL_ARGS=(\n   --num-layers 64\n   --normalization "RMSNorm"\n)\n')
+        done = subprocess.run(
+            ["bash", "-euc", f"ray() {{ printf '%s\\0' \"$@\"; }}\n{command}"],
+            cwd=checkout,
+            env=os.environ | {"ASPO": "/aspo", "MEGATRON": "/megatron", "MODELS": "/models", "DATA": "/data"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return done.stdout.split("\0")[:-1]
+
+
+def flags_parser() -> ArgumentParser:
+    """Megatron's flags, and slime's on top: the installed one's, or those published."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = ArgumentParser(allow_abbrev=False)
+    add_megatron_arguments(parser)
+    if INSTALLED:
+        return importlib.import_module("slime.utils.arguments").get_slime_extra_args_provider()(parser)
+    for kind, names in FLAGS.items():
+        for name in names.split():
+            taken: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": kind}
+            if name in CHOICES:
+                taken["choices"] = CHOICES[name]
+            parser.add_argument(f"--{name}", **taken)
+    return parser
 
 
 def arguments(**changes: Any) -> Namespace:
@@ -132,7 +181,26 @@ def test_slimes_call_fits(monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
         assert set(passed) <= set(inspect.signature(there.get_log_probs_and_entropy).parameters)
     aspo_loss = request.getfixturevalue("aspo_loss")
     assert list(inspect.signature(aspo_loss).parameters) == CALLED_WITH
-    assert command("--loss-type") == "custom_loss"
+
+
+def test_the_pages_command_is_slimes_and_megatrons() -> None:
+    words = submitted()
+    ray, job = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert ray[:3] == ["job", "submit", "--address=http://127.0.0.1:8265"]
+    variables = json.loads(ray[3].removeprefix("--runtime-env-json="))["env_vars"]
+    assert variables["PYTHONPATH"] == "/megatron:/aspo:/aspo/examples/integrations/slime"
+    assert len(ray) == 4
+    assert job[:2] == ["python3", "train.py"]
+    parser = flags_parser()
+    found = parser.parse_args(job[2:])  # exits at a flag that is not known, or a value that is not taken
+    assert (found.num_layers, found.normalization) == (64, "RMSNorm")  # of the array
+    assert (found.loss_type, found.advantage_estimator, found.eps_clip, found.eps_clip_high) == (
+        ("custom_loss", "grpo", 0.2, 0.2)
+    )
+    assert found.global_batch_size < found.rollout_batch_size * found.n_samples_per_prompt  # several updates
+    assert found.rollout_batch_size * found.n_samples_per_prompt % found.global_batch_size == 0
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) - {"--address", "--runtime-env-json"}
+    assert named <= set(parser._option_string_actions)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
