@@ -468,7 +468,7 @@ def test_the_loops_command_runs_as_it_stands() -> None:
     (command,) = (block for block in blocks("bash") if "train_loop.py" in block)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-euc", paths + command],
+        ["bash", "-euc", f'{paths}echo "$PYTHONPATH"\n{command}'],
         cwd=root,
         env=os.environ | {"ASPO": str(root), "PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -477,6 +477,7 @@ def test_the_loops_command_runs_as_it_stands() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(f"{root}:{ADAPTER.parent}\n")  # the package may be installed here besides
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [line["update"] for line in lines] == [0, 1, 2, 3]
     assert lines[0]["aspo/ratio_pos"] == 1 < lines[3]["aspo/ratio_pos"]
