@@ -19,7 +19,7 @@ project_copyright = author
 
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/*.md", "docs/reference/*.rst", "examples/**/*.md"]
-exclude_patterns = [".*", "build", "dist", "models", "report", "runs"]
+exclude_patterns = [".*", "**/.pytest_cache", "build", "dist", "models", "report", "runs"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_ext"]
 myst_heading_anchors = 4
