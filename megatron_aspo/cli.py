@@ -95,7 +95,11 @@ def build_parser() -> Parser:
     metrics = commands.add_parser("metrics", help=metrics_help, description=metrics_help)
     metrics.add_argument("run_dir", type=Path, metavar="RUN", help="runs/<name>")
     metrics.add_argument(
-        "names", nargs="*", metavar="METRIC", help="such as loss/entropy or 'time/*' (default: list the names)"
+        "names",
+        nargs="*",
+        default=[],
+        metavar="METRIC",
+        help="such as loss/entropy or 'time/*' (default: list the names)",
     )
     doctor = commands.add_parser("doctor", help="look for what is wrong with this machine; exit code 1 if something is")
     doctor.add_argument("--json", action="store_true", help="for programs")

@@ -249,6 +249,7 @@ def test_files(capsys: pytest.CaptureFixture[str], folder: Path, content: str | 
         ("train", "arguments are required: config"),
         ("eval", "see megatron-aspo eval --help"),
         ("report", "arguments are required: RUN; see megatron-aspo report --help"),
+        ("metrics", "arguments are required: RUN; see megatron-aspo metrics --help"),
         ("train nothing.yaml", "no configuration file at nothing.yaml; see examples/"),
         ("train .", "no configuration file at .; see examples/"),
         ("train run.yaml/x", "no configuration file at run.yaml/x; see examples/"),
