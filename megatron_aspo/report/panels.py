@@ -68,7 +68,7 @@ PANELS = (
     Panel("KL to the reference policy", (("loss/kl", "nats per token", PURPLE),)),
     Panel("KL to the old policy", (("loss/approx_kl", "nats per token", PURPLE),)),
     Panel(
-        "Gradient norm before clipping",
+        "Gradient norm, unclipped",
         (("optimizer/grad_norm", "mean", RED), ("optimizer/grad_norm_max", "largest", GREY)),
     ),
     Panel("Policy loss", (("loss/value", "per token", RED),)),

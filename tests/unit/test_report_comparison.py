@@ -86,7 +86,7 @@ def test_a_run_has_one_colour_and_letter_everywhere(tmp_path: Path) -> None:
         "Reward: mean, 95% band",
         "Mean importance ratio: A &gt; 0",
         "Mean importance ratio: A &lt; 0",
-        "Gradient norm before clipping: largest",
+        "Gradient norm, unclipped: largest",
         "Time per step",
     ]
     for plot in plots.values():
