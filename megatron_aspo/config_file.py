@@ -6,6 +6,7 @@ Every type is checked, an unknown key is refused with the nearest name, and the 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import types
@@ -49,6 +50,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = _fill_dependent(config)
     check_together(config)
     return config
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`section.field` → value, from the sections of a configuration as YAML or `to_dict` has them."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(typing.cast("dict[str, Any]", value), f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def as_text(value: Any) -> str:
+    """A setting's value on one line, the same whether it comes from YAML or from a dataclass."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _fill_dependent(config: RunConfig) -> RunConfig:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
-from megatron_aspo.config import RunConfig
+import yaml
+
+from megatron_aspo.config import RunConfig, to_dict
+from megatron_aspo.config_file import as_text, flatten
 from megatron_aspo.errors import UserError
 
 STEP_PREFIX = "step_"
 PARTIAL_SUFFIX = ".partial"
 META_FILE = "meta.json"
 """Written last: a folder without it is not a checkpoint."""
+CONFIG_FILE = "config.yaml"
+"""In a run's folder: the settings of its newest attempt."""
+
+_OF_AN_ATTEMPT = ("name", "output_dir", "checkpoint.resume")
+"""Settings that say where a run lies and how it starts."""
 
 
 def checkpoints_folder(config: RunConfig) -> Path:
@@ -51,6 +60,25 @@ def read_meta(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path / META_FILE} is damaged; delete the folder and use an older one") from None
     return meta
+
+
+def changed_settings(resume_from: Path, config: RunConfig) -> list[str]:
+    """What is set otherwise than in the last attempt of a checkpoint's run, as "optimizer.lr=2e-06 (was 1e-06)".
+
+    Nothing where its `config.yaml` is not there, or damaged. A setting that an older version lacked is no change.
+    """
+    try:
+        before = yaml.safe_load((resume_from.parent.parent / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    if not isinstance(before, dict):
+        return []
+    was = flatten(typing.cast("dict[str, Any]", before))
+    return [
+        f"{key}={as_text(value)} (was {as_text(was[key]) or 'empty'})"
+        for key, value in flatten(to_dict(config)).items()
+        if key in was and as_text(value) != as_text(was[key]) and key not in _OF_AN_ATTEMPT
+    ]
 
 
 def find_resume(config: RunConfig) -> Path | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_aspo.errors import RunError, UserError
+from megatron_aspo.run_folder import CONFIG_FILE
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -137,7 +138,7 @@ def _finite(value: Any) -> Any:
 def save_provenance(run_dir: Path, resolved_yaml: str, argv: list[str]) -> None:
     """Write `config.yaml`, `git.txt` and `environment.txt`: what it takes to repeat this attempt."""
     texts = {
-        "config.yaml": resolved_yaml,
+        CONFIG_FILE: resolved_yaml,
         "git.txt": _git_state(Path(__file__).resolve().parent.parent),
         "environment.txt": _environment(argv),
     }

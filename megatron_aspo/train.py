@@ -26,7 +26,7 @@ from megatron_aspo.policy.trainer import Policy, UpdateMetrics
 from megatron_aspo.preemption import StopSignals, mark_interrupted
 from megatron_aspo.rewards.scoring import Reward, Scorer
 from megatron_aspo.rollout.engine import EngineClass, build_engine, check_engine
-from megatron_aspo.run_folder import checkpoints_folder, find_resume, make_folders, read_meta
+from megatron_aspo.run_folder import changed_settings, checkpoints_folder, find_resume, make_folders, read_meta
 from megatron_aspo.sample_log import SampleLog
 from megatron_aspo.sampling import build_batches
 from megatron_aspo.serve import serve
@@ -109,6 +109,7 @@ def train(
     make_folders(config)
     resume_from = find_resume(config)
     resume_step = int(read_meta(resume_from)["step"]) if resume_from else None
+    changed = changed_settings(resume_from, config) if resume_from else []
     scorer = Scorer(config, reward)
     tokenizer = load_tokenizer(config)
     prompts = PromptStream.of(config, tokenizer, source)
@@ -123,6 +124,8 @@ def train(
         StopSignals(config.checkpoint.stop_signals) as stop,
         Journal(config, argv, resume_step, dist.get_rank() == 0) as journal,
     ):
+        if changed:
+            journal.say(f"changed since the last attempt: {', '.join(changed)}")
         if prompts.held_out_overlong:
             journal.say(f"data.overlong_prompts=filter: {prompts.held_out_overlong} held-out prompts are left out")
         if config.warmup.updates and (resume_from is None or config.loss.kl_coef):

@@ -236,8 +236,8 @@ class Policy:
         updated, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm or 0.0):  # a global norm: all ranks stop here
             raise UserError(
-                f"the gradient norm of update {self.updates + 1} is {grad_norm}; the last checkpoint is intact, "
-                "resume from it with a lower optimizer.lr"
+                f"the gradient norm of update {self.updates + 1} is {grad_norm}; what has been saved is intact, "
+                "continue from it with a lower optimizer.lr"
             )
         if updated:
             self.scheduler.step(1)

@@ -7,6 +7,7 @@ from importlib.resources import files
 from megatron_aspo.report.runs import Run
 from megatron_aspo.report.samples import PAGE_BYTES, load_samples, samples_json, without_script
 from megatron_aspo.report.tables import comparison_rows, config_differences, facts, summary_rows
+from megatron_aspo.run_folder import CONFIG_FILE
 
 
 def make_page(runs: Sequence[Run], plots: Sequence[tuple[str, str]]) -> str:
@@ -107,7 +108,7 @@ def _configurations(runs: Sequence[Run]) -> str:
     parts: list[str] = []
     for run in runs:
         name = "Configuration" if len(runs) == 1 else f"Configuration of {run.letter} {run.label}"
-        text = html.escape(run.text("config.yaml")) or "not recorded"
+        text = html.escape(run.text(CONFIG_FILE)) or "not recorded"
         parts.append(f"<details><summary>{html.escape(name)}</summary><pre>{text}</pre></details>")
     return "\n".join(parts)
 

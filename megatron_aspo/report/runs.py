@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_aspo.errors import UserError
+from megatron_aspo.run_folder import CONFIG_FILE
 from megatron_aspo.run_log import Record, read_metrics
 
 Z95 = 1.959964
@@ -107,7 +108,7 @@ def _metrics(run: Run) -> set[tuple[str, str]]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
+    path = folder / CONFIG_FILE
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (yaml.YAMLError, UnicodeDecodeError):

@@ -53,7 +53,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         run = subprocess.Popen(
             [sys.executable, "-m", "megatron_aspo.cli", "train", f"{tmp_path}/run.yaml", *overrides, *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
+            stdout=(tmp_path / f"{name}.out").open("a"),
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -128,9 +128,12 @@ def test_a_stopped_and_killed_run_resumes_to_the_bit(tmp_path: Path, start: Star
     assert alive(killed.pid) == []
     assert steps_done(tmp_path / "killed") < STEPS
 
-    resumed = start("killed", "--resume", "auto")
+    assert "changed" not in (tmp_path / "killed.out").read_text()
+    resumed = start("killed", "--resume", "auto", "checkpoint.keep=3")
     _, stderr = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, stderr
+    said = (tmp_path / "killed.out").read_text().splitlines()
+    assert "changed since the last attempt: checkpoint.keep=3 (was 2)" in said
     assert without_times(tmp_path / "killed") == expected
 
     refused = start("killed", "parallel.tensor=1")

@@ -83,7 +83,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str
         (
             "raise",
             "megatron-aspo: rank 1: vLLM failed while sampling: RuntimeError: DefaultCPUAllocator: can't allocate "
-            "memory; the last checkpoint is intact, continue from it with --resume auto",
+            "memory; what has been saved is intact, continue from it with --resume auto",
         ),
         (
             "kill",

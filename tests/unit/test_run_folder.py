@@ -1,0 +1,63 @@
+"""What a run's folder tells the next attempt."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_aspo.config import CheckpointConfig, OptimizerConfig, RunConfig, to_dict
+from megatron_aspo.config_data import DataConfig
+from megatron_aspo.run_folder import changed_settings
+from megatron_aspo.run_log import save_provenance
+
+BEFORE = RunConfig(
+    name="first",
+    data=DataConfig(task="chain_sum", seed=1),
+    optimizer=OptimizerConfig(lr=1e-6, clip_grad=1.0),
+    checkpoint=CheckpointConfig(resume="never"),
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    save_provenance(tmp_path, OmegaConf.to_yaml(OmegaConf.create(to_dict(BEFORE))), [])
+    return tmp_path / "checkpoints" / "step_000025"
+
+
+def test_a_run_that_goes_on_as_it_was(checkpoint: Path) -> None:
+    resumed = replace(BEFORE, name="branch", output_dir="elsewhere", checkpoint=CheckpointConfig(resume="auto"))
+    assert changed_settings(checkpoint, resumed) == []
+
+
+def test_each_change_is_named_with_what_it_was(checkpoint: Path) -> None:
+    changed = replace(
+        BEFORE,
+        data=DataConfig(path="own.jsonl", seed=2),
+        optimizer=OptimizerConfig(lr=2e-6, clip_grad=0.5),
+        checkpoint=CheckpointConfig(stop_signals=("SIGTERM",)),
+    )
+    assert changed_settings(checkpoint, changed) == [
+        "data.task= (was chain_sum)",
+        "data.path=own.jsonl (was empty)",
+        "data.seed=2 (was 1)",
+        "optimizer.lr=2e-06 (was 1e-06)",
+        "optimizer.clip_grad=0.5 (was 1.0)",
+        'checkpoint.stop_signals=["SIGTERM"] (was ["SIGUSR1", "SIGTERM"])',
+    ]
+
+
+def test_a_setting_that_an_older_version_did_not_know_is_no_change(checkpoint: Path) -> None:
+    file = checkpoint.parent.parent / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not line.startswith("  lr: ")))
+    changed = replace(BEFORE, optimizer=OptimizerConfig(lr=2e-6, clip_grad=0.5))
+    assert changed_settings(checkpoint, changed) == ["optimizer.clip_grad=0.5 (was 1.0)"]
+
+
+@pytest.mark.parametrize("text", ["a: [", "", "- 1", "\xff"])
+def test_a_damaged_file_keeps_nobody_from_resuming(text: str, checkpoint: Path) -> None:
+    (checkpoint.parent.parent / "config.yaml").write_text(text, encoding="latin-1")
+    assert changed_settings(checkpoint, BEFORE) == []
+    (checkpoint.parent.parent / "config.yaml").unlink()
+    assert changed_settings(checkpoint, BEFORE) == []
