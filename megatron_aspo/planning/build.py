@@ -89,7 +89,7 @@ def build_plan(plan: Plan, vocab_size: int = 128) -> Built:
     with _local_config(plan.config) as config:
         vocabulary = plan.shape.vocab_size if config.model.hf_path else vocab_size
         roles: list[_Role] = []
-        counted = stage_parameters(plan.shape, config.parallel)
+        counted = stage_parameters(plan.shape, config.parallel, te_layers=False)
         architecture: Architecture | None = None
         world = training_ranks(config, plan.world)
         for rank in role_ranks(config, world):

@@ -27,9 +27,9 @@ class Count:
         return self.dense + self.expert
 
 
-def layer_parameters(shape: Shape, layer: int, parallel: ParallelConfig) -> Count:
-    """Of one layer, on one rank."""
-    dense = _attention_parameters(shape, parallel.tensor) + 2 * shape.hidden_size  # two norms
+def layer_parameters(shape: Shape, layer: int, parallel: ParallelConfig, te_layers: bool = True) -> Count:
+    """Of one layer, on one rank; `te_layers`: it is Transformer Engine's, not Megatron-Core's own."""
+    dense = _attention_parameters(shape, parallel.tensor, te_layers) + 2 * shape.hidden_size  # two norms
     if not shape.has_experts(layer):
         return Count(dense + 3 * shape.hidden_size * shape.ffn_size // parallel.tensor)
     dense += shape.hidden_size * shape.num_experts  # the router, on every rank
@@ -38,14 +38,16 @@ def layer_parameters(shape: Shape, layer: int, parallel: ParallelConfig) -> Coun
     return Count(dense, shape.num_experts // parallel.expert * one_expert)
 
 
-def _attention_parameters(shape: Shape, tensor: int) -> int:
+def _attention_parameters(shape: Shape, tensor: int, te_layers: bool) -> int:
     h = shape.hidden_size
     if shape.latent is None:
         qkv = (shape.query_size + 2 * shape.kv_size) * (h + (1 if shape.qkv_bias else 0)) // tensor
         norms = 2 * shape.head_dim if shape.qk_norm else 0
         return qkv + norms + shape.query_size * h // tensor
     latent = shape.latent
-    down = h * (latent.q_rank + latent.kv_rank + latent.rope_dim)  # whole on every rank of Transformer Engine's layers
+    down = h * (latent.q_rank + latent.kv_rank + latent.rope_dim)
+    if not te_layers:  # Transformer Engine's are whole on every rank
+        down //= tensor
     q_up = latent.q_rank * shape.num_heads * (latent.nope_dim + latent.rope_dim)
     kv_up = latent.kv_rank * shape.num_heads * (latent.nope_dim + latent.value_dim)
     out = shape.num_heads * latent.value_dim * h
@@ -57,13 +59,14 @@ def vocabulary_rows(shape: Shape, tensor: int) -> int:
     return -(-shape.vocab_size // tensor)
 
 
-def stage_parameters(shape: Shape, parallel: ParallelConfig) -> list[Count]:
-    """Of a rank of each pipeline stage."""
+def stage_parameters(shape: Shape, parallel: ParallelConfig, te_layers: bool = True) -> list[Count]:
+    """Of a rank of each pipeline stage; `te_layers` as in `layer_parameters`."""
     counts: list[Count] = []
     first = 0
     table = vocabulary_rows(shape, parallel.tensor) * shape.hidden_size
     for stage, layers in enumerate(stage_layers(shape.num_layers, parallel)):
-        count = sum((layer_parameters(shape, i, parallel) for i in range(first, first + layers)), Count())
+        held = (layer_parameters(shape, i, parallel, te_layers) for i in range(first, first + layers))
+        count = sum(held, Count())
         first += layers
         last = stage == parallel.pipeline - 1
         if stage == 0:

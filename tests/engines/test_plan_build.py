@@ -161,6 +161,10 @@ def test_what_is_planted_wrong_is_found(tiny: Path, tmp_path: Path) -> None:
             1,
         ),
         "53 tensors of its files each consumed once": (case(published, "parallel: {expert: 2, pipeline: 2}", vllm), 4),
+        "built 4 kinds of ranks": (
+            case(tiny / "deepseek-v3", "parallel: {tensor: 2, pipeline: 2, sequence_parallel: true}", vllm),
+            4,
+        ),
         f"lacks the tensor(s) {scale}, without which": (
             case(change_published(published, tmp_path / "l", **{scale: None}), vllm),
             1,
