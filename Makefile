@@ -5,6 +5,8 @@ STAMP := .venv/.installed
 NEMO_RUN := .venv-nemo-run
 INTEGRATIONS := .venv-integrations
 ARGS  ?=
+# A file of tests goes to one process: its fixtures are made once. ARGS="-n 0" leaves all to this one.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 STUDY ?= spelling
 
 .DEFAULT_GOAL := help
@@ -55,10 +57,10 @@ evidence: $(STAMP) ## compare the objectives over seeds, 77 minutes on two cores
 	$(BIN)/python examples/study/evidence.py $(STUDY)
 
 test: $(STAMP) ## run every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(STAMP) ## run the tests that need one process and a few seconds
-	$(BIN)/python -m pytest -m "not distributed and not slow and not engines" $(ARGS)
+	$(PYTEST) -m "not distributed and not slow and not engines" $(ARGS)
 
 test-loss-alone: $(STAMP) ## run the loss's tests on torch 2.6.0 and nothing else, in .cache/loss-alone: 3 GB
 	scripts/test_loss_alone.sh 2.6.0

@@ -7,8 +7,6 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_aspo.config import RunConfig, to_dict
 from megatron_aspo.config_file import as_text, flatten
 from megatron_aspo.errors import UserError
@@ -67,6 +65,8 @@ def changed_settings(resume_from: Path, config: RunConfig) -> list[str]:
 
     Nothing where its `config.yaml` is not there, or damaged. A setting that an older version lacked is no change.
     """
+    import yaml  # imported here so that the command line starts without it
+
     try:
         before = yaml.safe_load((resume_from.parent.parent / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

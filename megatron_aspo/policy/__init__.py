@@ -3,6 +3,8 @@
 import logging
 import warnings
 
+from megatron_aspo.policy.cpu import import_megatron
+
 # Megatron-Core tells at import, and then at every step, of each optional package that is not there and of its own
 # deprecated calls. That is for its developers; errors still come through.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
@@ -17,3 +19,5 @@ for _noise in (
     warnings.filterwarnings("ignore", message=_noise)
 for _name in ("megatron.core", "torch.utils.cpp_extension"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+import_megatron()

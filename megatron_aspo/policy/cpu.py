@@ -37,6 +37,25 @@ from megatron_aspo.packing import stream_part
 _active: list[TorchFunctionMode] = []
 
 
+def import_megatron() -> None:
+    """Import Megatron-Core; if there is no CUDA, with its small functions uncompiled: torch.compile as their decorator
+    imports torch's compiler, a third of the CPU time that a rank takes to start."""
+    if torch.cuda.is_available():
+        import megatron.core  # noqa: F401
+
+        return
+
+    def uncompiled(function: Any = None, **options: Any) -> Any:
+        return uncompiled if function is None else function
+
+    compiled, torch.compile = torch.compile, uncompiled
+    try:
+        from megatron.core.jit import disable_jit_fuser
+    finally:
+        torch.compile = compiled
+    disable_jit_fuser()  # for modules of Megatron that are imported from now on
+
+
 def enable() -> bool:
     """Make Megatron-Core run on CPU if there is no CUDA. Idempotent; returns whether the CPU is used."""
     if torch.cuda.is_available():
@@ -100,9 +119,6 @@ class _SynchronousStream:
 
 
 def _replace_cuda_functions() -> None:
-    from megatron.core.jit import disable_jit_fuser
-
-    disable_jit_fuser()  # torch.compile of small functions, for modules of Megatron that are imported from now on
     import megatron.core.dist_checkpointing.strategies.filesystem_async as mcore_writer
     import megatron.core.models.common.embeddings.rope_utils as mcore_rope
     import megatron.core.tensor_parallel.mappings as mcore_mappings

@@ -31,7 +31,7 @@ from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.types import Prompt, Sample
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megatron_aspo.train"])
+_context.set_forkserver_preload(["megatron_aspo.train", "torch._dynamo"])  # any optimizer imports the latter
 
 VOCAB = 128
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import megatron_aspo
 
@@ -201,3 +202,15 @@ def test_only_one_module_patches_others(path: Path) -> None:
         assert len(patched) >= 4
     else:
         assert patched == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU Megatron's functions are compiled")
+def test_a_rank_on_a_cpu_starts_without_the_compiler() -> None:
+    """It takes a third of the imports' time. Who asks torch for it afterwards gets it."""
+    use = """
+import sys, megatron_aspo.train, torch
+from megatron.core.fusions.fused_bias_swiglu import swiglu
+print(*{"torch._dynamo", "torch._inductor"} & set(sys.modules))
+print(torch.compile.__module__, hasattr(swiglu, "__wrapped__"))
+"""
+    assert run_python(use).split() == ["torch", "False"]
