@@ -1,24 +1,35 @@
-"""What Sphinx lacks for these pages: formulas without JavaScript, references of settings and commands."""
+"""What Sphinx lacks for these pages: formulas without JavaScript, references of settings and commands, and files of the
+repository to read."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import html
 import importlib
 import inspect
 import json
 import re
 import types
 import typing
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from pygments.lexers import get_lexer_for_filename
+from pygments.util import ClassNotFound
+from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.builders.html import StandaloneHTMLBuilder
 from sphinx.util.docutils import SphinxDirective
 from sphinx.writers.html5 import HTML5Translator
 
 from megatron_aspo.cli import build_parser
+
+FILE_PAGES = "files/"
+"""Where the pages of the repository's files lie in the site."""
 
 _LINE = re.compile(r"    (\w+(?:, \w+)*): (.*)")
 
@@ -27,7 +38,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
     app.add_directive("settings", Settings)
     app.add_directive("commands", Commands)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    app.connect("doctree-read", _link_to_file_pages, priority=400)  # before Sphinx collects what is to be downloaded
+    app.connect("html-collect-pages", _file_pages)
+    return {"parallel_read_safe": False, "parallel_write_safe": True}
 
 
 def _inline_math(writer: HTML5Translator, node: nodes.math) -> None:
@@ -38,6 +51,35 @@ def _inline_math(writer: HTML5Translator, node: nodes.math) -> None:
 def _block_math(writer: HTML5Translator, node: nodes.math_block) -> None:
     writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>\n')
     raise nodes.SkipNode
+
+
+def _link_to_file_pages(app: Sphinx, doctree: nodes.document) -> None:
+    """Links to text files of the repository lead to pages that show them; Sphinx would have readers download them."""
+    files = app.env.__dict__.setdefault("shown_files", set[str]())
+    for link in list(doctree.findall(addnodes.download_reference)):
+        file, _ = app.env.relfn2path(link["reftarget"], app.env.docname)
+        if file.endswith(".png"):
+            continue
+        files.add(file)
+        uri = app.builder.get_relative_uri(app.env.docname, FILE_PAGES + file)
+        link.replace_self(nodes.reference("", "", *link.children, refuri=uri, internal=True))
+
+
+def _file_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(name, context, template) of a page for each file that is linked to."""
+    highlighter = typing.cast("StandaloneHTMLBuilder", app.builder).highlighter
+    for file in sorted(app.env.__dict__.get("shown_files", ())):
+        text = (Path(app.srcdir) / file).read_text(encoding="utf-8")
+        try:
+            language = get_lexer_for_filename(file).aliases[0]
+        except ClassNotFound:
+            language = "text"
+        title = html.escape(file)
+        yield (
+            FILE_PAGES + file,
+            {"title": title, "body": f"<h1>{title}</h1>\n{highlighter.highlight_block(text, language)}"},
+            "page.html",
+        )
 
 
 class Settings(SphinxDirective):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,3 +72,26 @@ def test_a_docstring_is_read(extension: Any) -> None:
     assert meaning == {"a": "two of them, in two lines.", "b": "two of them, in two lines.", "c": "one."}
     lines = "\n".join(extension.settings_lines(Section, "x."))
     assert "* - ``x.b``\n     - ``true``\n     - two of them, in two lines." in lines
+
+
+def test_a_linked_file_is_a_page(tmp_path: Path) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    (source / "docs").mkdir(parents=True)
+    (source / "code").mkdir()
+    (source / "conf.py").write_text("extensions = ['myst_parser', 'sphinx_ext']\nroot_doc = 'docs/index'\n")
+    (source / "docs" / "index.md").write_text(
+        "# Title\n\n[the `code`](../code/a.py), [again](../code/a.py), [b](../b)\n"
+    )
+    (source / "code" / "a.py").write_text("def less(a, b):\n    return a < b\n")
+    (source / "b").write_text("<tag>\n")
+    subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", str(source), str(site)],
+        env={**os.environ, "PYTHONPATH": str(DOCS)},
+        check=True,
+    )
+    index = (site / "docs" / "index.html").read_text()
+    assert index.count('href="../files/code/a.py.html"') == 2
+    assert index.count('href="../files/b.html"') == 1
+    assert '<span class="o">&lt;</span>' in (site / "files" / "code" / "a.py.html").read_text()
+    assert "&lt;tag&gt;" in (site / "files" / "b.html").read_text()
+    assert not (site / "_downloads").exists()
