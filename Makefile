@@ -5,8 +5,8 @@ STAMP := .venv/.installed
 NEMO_RUN := .venv-nemo-run
 INTEGRATIONS := .venv-integrations
 ARGS  ?=
-# A file of tests goes to one process: its fixtures are made once. ARGS="-n 0" leaves all to this one.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A process a core, up to four; a file's tests go to one of them, so that its fixtures are made once.
+PYTEST := $(BIN)/python -m pytest -n $(shell n=$$(nproc); echo $$((n < 4 ? n : 4))) --dist loadfile --no-loadscope-reorder
 STUDY ?= spelling
 
 .DEFAULT_GOAL := help
@@ -56,7 +56,7 @@ evidence: $(STAMP) ## compare the objectives over seeds, 77 minutes on two cores
 	$(BIN)/python examples/study/objectives.py $(STUDY)
 	$(BIN)/python examples/study/evidence.py $(STUDY)
 
-test: $(STAMP) ## run every test
+test: $(STAMP) ## run every test, several at a time; ARGS="-n 0 ..." one by one
 	$(PYTEST) $(ARGS)
 
 test-fast: $(STAMP) ## run the tests that need one process and a few seconds

@@ -55,12 +55,13 @@ def _block_math(writer: HTML5Translator, node: nodes.math_block) -> None:
 
 def _link_to_file_pages(app: Sphinx, doctree: nodes.document) -> None:
     """Links to text files of the repository lead to pages that show them; Sphinx would have readers download them."""
-    files = app.env.__dict__.setdefault("shown_files", set[str]())
+    shown = app.env.__dict__.setdefault("shown_files", dict[str, str]())
     for link in list(doctree.findall(addnodes.download_reference)):
-        file, _ = app.env.relfn2path(link["reftarget"], app.env.docname)
-        if file.endswith(".png"):
+        file, path = app.env.relfn2path(link["reftarget"], app.env.docname)
+        try:
+            shown[file] = Path(path).read_text(encoding="utf-8")
+        except (FileNotFoundError, UnicodeDecodeError):  # Sphinx says that it is missing; a picture is for downloading
             continue
-        files.add(file)
         uri = app.builder.get_relative_uri(app.env.docname, FILE_PAGES + file)
         link.replace_self(nodes.reference("", "", *link.children, refuri=uri, internal=True))
 
@@ -68,18 +69,14 @@ def _link_to_file_pages(app: Sphinx, doctree: nodes.document) -> None:
 def _file_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     """(name, context, template) of a page for each file that is linked to."""
     highlighter = typing.cast("StandaloneHTMLBuilder", app.builder).highlighter
-    for file in sorted(app.env.__dict__.get("shown_files", ())):
-        text = (Path(app.srcdir) / file).read_text(encoding="utf-8")
+    for file, text in sorted(app.env.__dict__.get("shown_files", {}).items()):
         try:
             language = get_lexer_for_filename(file).aliases[0]
         except ClassNotFound:
             language = "text"
         title = html.escape(file)
-        yield (
-            FILE_PAGES + file,
-            {"title": title, "body": f"<h1>{title}</h1>\n{highlighter.highlight_block(text, language)}"},
-            "page.html",
-        )
+        body = f"<h1>{title}</h1>\n{highlighter.highlight_block(text, language)}"
+        yield FILE_PAGES + file, {"title": title, "body": body}, "page.html"
 
 
 class Settings(SphinxDirective):

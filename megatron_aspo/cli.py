@@ -215,7 +215,7 @@ def exit_code(action: Callable[[], int]) -> int:
         if error.__cause__ is not None:
             traceback.print_exc()
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        hint = "what has been saved is intact, continue from it with --resume auto"
+        hint = "what has been saved is intact, and training goes on with --resume auto"
         print(f"megatron-aspo: {rank}{' '.join(str(error).split())}; {hint}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

@@ -9,10 +9,11 @@ import difflib
 import json
 import math
 import os
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,20 +53,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`section.field` → value, from the sections of a configuration as YAML or `to_dict` has them."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= flatten(typing.cast("dict[str, Any]", value), f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def changes(before: Mapping[str, Any], settings: Any, prefix: str = "") -> Iterator[str]:
+    """What a dataclass of settings has otherwise than an earlier one, which YAML holds: "lr=2e-06 (was 1e-06)". A field
+    that `before` lacks is one that an older version did not know, and no change."""
+    for f in fields(settings):
+        if f.name not in before:
+            continue
+        path, now, was = f"{prefix}{f.name}", getattr(settings, f.name), before[f.name]
+        parts = _parts(now, was)
+        if parts is not None:
+            for name, one, other in parts:
+                yield from changes(other, one, f"{path}.{name}")
+        elif _as_json(now) != _as_json(was):
+            yield f"{path}={_shown(now)} (was {_shown(was)})"
 
 
-def as_text(value: Any) -> str:
-    """A setting's value on one line, the same whether it comes from YAML or from a dataclass."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+def _parts(now: Any, was: Any) -> list[tuple[str, Any, Any]] | None:
+    """The sections of a value, each with what it was: itself, or those of a list of equal length. None for others."""
+    if is_dataclass(now) and isinstance(was, dict):
+        return [("", now, was)]
+    if isinstance(now, tuple) and isinstance(was, list):
+        ours, theirs = typing.cast("tuple[Any, ...]", now), typing.cast("list[Any]", was)
+        if len(ours) == len(theirs) and all(is_dataclass(one) for one in ours):
+            return [(f"{i}.", one, other) for i, (one, other) in enumerate(zip(ours, theirs, strict=True))]
+    return None
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=asdict)
+
+
+def _shown(value: Any) -> str:
+    """On one line, and not too long a one."""
+    text = value if isinstance(value, str) and re.fullmatch(r"[^\s,()]+", value) else _as_json(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _fill_dependent(config: RunConfig) -> RunConfig:

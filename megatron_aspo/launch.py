@@ -54,8 +54,9 @@ def _join(processes: list[subprocess.Popen[bytes]]) -> int:
             rank, code = failed[0]
             if code < 0:
                 name = signal.Signals(-code).name
-                print(f"megatron-aspo: rank {rank} was ended by {name}; the others are stopped too. "
-                      "Continue from the last checkpoint with --resume auto", file=sys.stderr)  # fmt: skip
+                hint = "What has been saved is intact, and training goes on with --resume auto"
+                told = f"megatron-aspo: rank {rank} was ended by {name}; the others are stopped too. {hint}"
+                print(told, file=sys.stderr)
                 return 1
             # A mistake that all ranks find is told by rank 0, which may be later than the one that exited first.
             grace = grace or time.monotonic() + GRACE_SECONDS

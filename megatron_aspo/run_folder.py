@@ -7,8 +7,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from megatron_aspo.config import RunConfig, to_dict
-from megatron_aspo.config_file import as_text, flatten
+from megatron_aspo.config import RunConfig
+from megatron_aspo.config_file import changes
 from megatron_aspo.errors import UserError
 
 STEP_PREFIX = "step_"
@@ -61,24 +61,21 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def changed_settings(resume_from: Path, config: RunConfig) -> list[str]:
-    """What is set otherwise than in the last attempt of a checkpoint's run, as "optimizer.lr=2e-06 (was 1e-06)".
-
-    Nothing where its `config.yaml` is not there, or damaged. A setting that an older version lacked is no change.
-    """
+    """What is set otherwise than in the last attempt of a checkpoint's run, as "optimizer.lr=2e-06 (was 1e-06)"; empty
+    where that run's `config.yaml` cannot be read."""
     import yaml  # imported here so that the command line starts without it
 
+    folder = resume_from.resolve().parent
+    if folder.name != checkpoints_folder(config).name:  # a copy of a checkpoint, without its run
+        return []
     try:
-        before = yaml.safe_load((resume_from.parent.parent / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        before = yaml.safe_load((folder.parent / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return []
     if not isinstance(before, dict):
         return []
-    was = flatten(typing.cast("dict[str, Any]", before))
-    return [
-        f"{key}={as_text(value)} (was {as_text(was[key]) or 'empty'})"
-        for key, value in flatten(to_dict(config)).items()
-        if key in was and as_text(value) != as_text(was[key]) and key not in _OF_AN_ATTEMPT
-    ]
+    found = changes(typing.cast("dict[str, Any]", before), config)
+    return [change for change in found if change.partition("=")[0] not in _OF_AN_ATTEMPT]
 
 
 def find_resume(config: RunConfig) -> Path | None:

@@ -76,6 +76,9 @@ class _Role:
 def build_plan(plan: Plan, vocab_size: int = 128) -> Built:
     """Build every kind of rank and hold it against the plan, Megatron's own checks and the model's files.
 
+    The layers are Megatron-Core's own. Of latent attention they split what Transformer Engine's have whole on every
+    tensor-parallel rank, so there each stage is counted anew, and the plan's numbers stand unchecked.
+
     Raises:
         UserError: Megatron refuses the layout; parameters are not as counted; a tensor of the files is missing, left
             over, taken twice or of another size; a checkpoint would not be whole.

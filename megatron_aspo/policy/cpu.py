@@ -11,6 +11,7 @@ Megatron-Core takes CUDA for granted in several ways, and each has its answer he
   0.5 GB, and stays when the rank is killed): a synchronous save needs a queue of this process only;
 - its dispatcher of tokens to experts: it makes lists of split sizes while it fetches them from the GPU (made here where
   they lie), and gathers unequal parts from tensor-parallel ranks, which gloo cannot (all-reduced here);
+- its small functions, decorated with torch.compile: imported without it;
 - layers that exist for GPUs only, or are slow elsewhere: a norm that knows sequence parallelism, attention and
   rotary embedding over packed streams, with context parallelism;
 - the experts of a rank, whose random weights would be those of every other rank.
@@ -39,14 +40,14 @@ _active: list[TorchFunctionMode] = []
 
 def import_megatron() -> None:
     """Import Megatron-Core; if there is no CUDA, with its small functions uncompiled: torch.compile as their decorator
-    imports torch's compiler, a third of the CPU time that a rank takes to start."""
+    imports torch's compiler, a third of all imports' time. What has been imported before is as it is."""
     if torch.cuda.is_available():
         import megatron.core  # noqa: F401
 
         return
 
-    def uncompiled(function: Any = None, **options: Any) -> Any:
-        return uncompiled if function is None else function
+    def uncompiled(model: Any = None, **options: Any) -> Any:
+        return uncompiled if model is None else model
 
     compiled, torch.compile = torch.compile, uncompiled
     try:

@@ -1,10 +1,11 @@
 """The tables of a report: what a run came to, how runs differ in results and in settings."""
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
-from megatron_aspo.config_file import as_text, flatten
 from megatron_aspo.progress import duration
 from megatron_aspo.report.runs import Run, difference, finite, wilson
 
@@ -62,9 +63,9 @@ def comparison_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(setting, its value in every run) for settings that are not the same in all."""
-    flat = [flatten(run.config) for run in runs]
+    flat = [_flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings if key not in _NOT_COMPARED)
-    rows = [(key, [as_text(settings[key]) if key in settings else NONE for settings in flat]) for key in keys]
+    rows = [(key, [_setting(settings[key]) if key in settings else NONE for settings in flat]) for key in keys]
     return [(key, cells) for key, cells in rows if len(set(cells)) > 1]
 
 
@@ -152,3 +153,17 @@ def _difference(one: Run, other: Run) -> str:
         low, high = difference(*ends)
         text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
     return text.replace("-", "−")
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

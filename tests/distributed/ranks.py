@@ -31,7 +31,8 @@ from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.types import Prompt, Sample
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megatron_aspo.train", "torch._dynamo"])  # any optimizer imports the latter
+_preloaded = ["megatron_aspo.train", "torch._dynamo"]  # the latter is imported with the first optimizer
+_context.set_forkserver_preload(_preloaded)
 
 VOCAB = 128
 
@@ -50,6 +51,12 @@ def run_config(parallel: ParallelConfig | None = None, **sections: Any) -> RunCo
         train=TrainConfig(max_tokens_per_micro_batch=1024),
     )
     return replace(config, **sections)
+
+
+def preload(*modules: str) -> None:
+    """Have ranks forked from a process that has imported these too; to be called before any rank runs. It does not
+    import what only pytest finds, and says nothing of what it cannot import."""
+    _context.set_forkserver_preload([*_preloaded, *modules])
 
 
 def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:

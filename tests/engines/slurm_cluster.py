@@ -77,8 +77,9 @@ class Cluster:
         self.state = state
         host = socket.gethostname().partition(".")[0]
         ports = _free_ports(NODES + 1)
-        # The ranks' port comes from the job's number: other clusters on this host shall have other numbers.
-        text = CONFIG.format(state=state, host=host, port=ports.pop(), first_job=10 * (os.getpid() % 1000) + 1)
+        # The ranks' port comes from the job's number: other clusters on this host shall have other numbers, also
+        # that of a process started right after this one.
+        text = CONFIG.format(state=state, host=host, port=ports.pop(), first_job=100 * (os.getpid() % 100) + 1)
         for number, port in enumerate(ports):
             text += NODE.format(name=f"node{number}", host=host, port=port)
         (state / "slurm.conf").write_text(text)

@@ -442,7 +442,7 @@ def best(measure: Callable[[], float], enough: float) -> float:
     while len(values) < 3 and max(values, default=0.0) < enough:
         values.append(measure())
     load = os.getloadavg()[0] / len(os.sched_getaffinity(0))
-    if max(values) < enough and load > 3:
+    if max(values) < enough and load > 2:
         pytest.skip(f"{max(values):.2f} < {enough}, but {load:.0f} processes share each core")
     return max(values)
 
@@ -459,13 +459,16 @@ def test_hostile_neighbours_take_no_more_than_a_busy_one() -> None:
         bombs.append(f"while True:\n    try:\n{textwrap.indent(textwrap.dedent(hostile.ESCAPES[name]), ' ' * 8)}\n"
                      "    except Exception: pass".replace("os.", "__import__('os')."))  # fmt: skip
 
+    def seconds(neighbours: list[str]) -> float:
+        with CodeVerifier(ONE_WORKER) as other, CodeVerifier(ONE_WORKER) as verifier:
+            futures = [other.submit(ESCAPED, fenced(neighbours[i % len(neighbours)]), seed=0) for i in range(99)]
+            taken = 1 / rate(verifier, ESCAPED, "print('escaped')", 20)
+            assert not futures[-1].done()
+            return taken
+
     def measure() -> float:
-        rates = []
-        for neighbours in (bombs, ["while True: pass"]):
-            with CodeVerifier(ONE_WORKER) as other, CodeVerifier(ONE_WORKER) as verifier:
-                futures = [other.submit(ESCAPED, fenced(neighbours[i % len(neighbours)]), seed=0) for i in range(99)]
-                rates.append(rate(verifier, ESCAPED, "print('escaped')", 60))
-                assert not futures[-1].done()
-        return rates[0] / rates[1]
+        # By turns: what else the machine does comes and goes.
+        hostile_ones, busy_ones = zip(*((seconds(bombs), seconds(["while True: pass"])) for _ in range(3)), strict=True)
+        return sum(busy_ones) / sum(hostile_ones)
 
     assert best(measure, enough=0.9) >= 0.9

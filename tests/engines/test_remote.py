@@ -279,7 +279,7 @@ def test_a_run_whose_rollout_rank_is_killed_ends_and_resumes_to_the_bit(tmp_path
     )
     of_the_trainer = (
         "megatron-aspo: rank 0: the rollout ranks have ended, for a reason that they tell, and so do the training "
-        "ranks; what has been saved is intact, continue from it with --resume auto"
+        "ranks; what has been saved is intact, and training goes on with --resume auto"
     )
     assert of_the_launcher in lines
     assert lines <= {of_the_launcher, of_the_trainer}  # the launcher may have stopped it before

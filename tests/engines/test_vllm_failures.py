@@ -83,12 +83,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str
         (
             "raise",
             "megatron-aspo: rank 1: vLLM failed while sampling: RuntimeError: DefaultCPUAllocator: can't allocate "
-            "memory; what has been saved is intact, continue from it with --resume auto",
+            "memory; what has been saved is intact, and training goes on with --resume auto",
         ),
         (
             "kill",
             "megatron-aspo: rank 1 was ended by SIGKILL; the others are stopped too. "
-            "Continue from the last checkpoint with --resume auto",
+            "What has been saved is intact, and training goes on with --resume auto",
         ),
     ],
 )
