@@ -74,13 +74,19 @@ def _parts(now: Any, was: Any) -> list[tuple[str, Any, Any]] | None:
         return [("", now, was)]
     if isinstance(now, tuple) and isinstance(was, list):
         ours, theirs = typing.cast("tuple[Any, ...]", now), typing.cast("list[Any]", was)
-        if len(ours) == len(theirs) and all(is_dataclass(one) for one in ours):
-            return [(f"{i}.", one, other) for i, (one, other) in enumerate(zip(ours, theirs, strict=True))]
+        pairs = list(zip(ours, theirs, strict=False))
+        if len(ours) == len(theirs) and all(is_dataclass(one) and isinstance(other, dict) for one, other in pairs):
+            return [(f"{i}.", *pair) for i, pair in enumerate(pairs)]
     return None
 
 
 def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=asdict)
+    return json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """A section as a mapping; what YAML knows besides JSON's types, such as a date, is no setting's."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def _shown(value: Any) -> str:

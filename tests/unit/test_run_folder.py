@@ -73,6 +73,12 @@ def test_mappings_and_lists_of_sections(tmp_path: Path) -> None:
         'data.sources.0.task_args={"min_terms": 3} (was {})',
         'data.sources.1.prompt_template="Add:\\n{prompt}" (was "Sum:\\n{prompt}")',
     ]
+    for damaged in ("[null, 3]", "2026-01-01"):
+        file = checkpoint.parent.parent / "config.yaml"
+        file.write_text(f"data: {{sources: {damaged}}}\n")
+        (replaced,) = changed(one, other)
+        assert replaced.startswith("data.sources=[")
+    attempt(tmp_path, before)
     (fewer,) = changed(one)
     assert fewer.startswith('data.sources=[{"task": "chain_sum", "task_args": {}, ')
     assert fewer.count("...") == 2
