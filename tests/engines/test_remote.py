@@ -274,8 +274,8 @@ def test_a_run_whose_rollout_rank_is_killed_ends_and_resumes_to_the_bit(tmp_path
     assert killed.returncode == 1
     lines = {line for line in stderr.splitlines() if line.startswith("megatron-aspo: rank")}
     of_the_launcher = (
-        "megatron-aspo: rank 1 was ended by SIGKILL; the others are stopped too. Continue from the last checkpoint "
-        "with --resume auto"
+        "megatron-aspo: rank 1 was ended by SIGKILL; the others are stopped too. What has been saved is intact, "
+        "and training goes on with --resume auto"
     )
     of_the_trainer = (
         "megatron-aspo: rank 0: the rollout ranks have ended, for a reason that they tell, and so do the training "
@@ -314,7 +314,7 @@ def test_without_a_launcher_the_other_side_ends_by_itself(tmp_path: Path, victim
     assert code == 1
     (line,) = (line for line in output.splitlines() if line.startswith("megatron-aspo:"))
     assert f"the {victim} ranks have ended" in line
-    assert "continue from it with --resume auto" in line
+    assert "training goes on with --resume auto" in line
     assert "Traceback" not in output
 
 
