@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -12,6 +14,10 @@ import time
 
 GRACE_SECONDS = 10.0
 """How long the other ranks may take to end by themselves after one has failed."""
+
+PORTS = range(10000, 20000)
+"""For the ranks to meet at. Linux hands out those from 32768 on to whoever connects or asks for any port: one of them may
+be gone when rank 0 wants it."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -85,6 +91,9 @@ def _die_with_parent() -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """By chance, since another launcher may be looking for one at the same time."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):  # it is taken
+            probe.bind(("", port))
+            return port

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_aspo.launch import _die_with_parent
+from megatron_aspo.launch import _die_with_parent, _free_port
 
 NODES = 4
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
@@ -76,7 +76,9 @@ class Cluster:
     def __init__(self, state: Path) -> None:
         self.state = state
         host = socket.gethostname().partition(".")[0]
-        ports = _free_ports(NODES + 1)
+        ports: set[int] = set()
+        while len(ports) < NODES + 1:
+            ports.add(_free_port())
         # The ranks' port comes from the job's number: other clusters on this host shall have other numbers, also
         # that of a process started right after this one.
         text = CONFIG.format(state=state, host=host, port=ports.pop(), first_job=100 * (os.getpid() % 100) + 1)
@@ -202,13 +204,3 @@ def wait_until(condition: Callable[[], object], timeout: float, what: str | Call
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout:g} s for {what() if callable(what) else what}"
         time.sleep(0.1)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports

@@ -1,0 +1,29 @@
+"""Where the ranks of a host meet."""
+
+import socket
+
+import pytest
+
+from megatron_aspo import launch
+
+
+def test_a_port_that_is_taken_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", launch._free_port()))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(launch, "PORTS", range(port - 2, port + 3))
+        found = {launch._free_port() for _ in range(200)}
+    assert port not in found
+    assert len(found) >= 2
+
+
+def test_no_port_that_the_system_hands_out() -> None:
+    """Such a port could be gone when rank 0 wants it. Launchers that look at the same time find others."""
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+        first, _ = map(int, file.read().split())
+    found = [launch._free_port() for _ in range(100)]
+    if first < 20000:
+        pytest.skip(f"this system hands out ports from {first} on")
+    assert max(found) < first
+    assert len(set(found)) > 90
