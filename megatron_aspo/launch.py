@@ -16,8 +16,8 @@ GRACE_SECONDS = 10.0
 """How long the other ranks may take to end by themselves after one has failed."""
 
 PORTS = range(10000, 20000)
-"""For the ranks to meet at. Linux hands out those from 32768 on to whoever connects or asks for any port: one of them may
-be gone when rank 0 wants it."""
+"""For the ranks to meet at. Linux hands out those from 32768 on to whoever connects or asks for any: one of them may be
+gone when rank 0 wants it."""
 
 _PR_SET_PDEATHSIG = 1
 
