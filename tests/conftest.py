@@ -1,6 +1,7 @@
-"""What holds for all tests: one thread, no launcher's environment, and the same random examples on every run."""
+"""What holds for all tests: one thread, no launcher's environment, and the same random numbers on every run."""
 
 import os
+import sys
 
 from hypothesis import HealthCheck, settings
 
@@ -17,3 +18,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
+
+
+def pytest_runtest_setup() -> None:
+    """How many of torch's random numbers a process has drawn before a test is up to how the tests were shared out."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)

@@ -301,7 +301,7 @@ def test_extreme_ratios_stay_finite_in_float32(objective: str, dual_clip: float 
     distance = torch.tensor([25.0, -25.0, 88.0, -120.0])
     inputs = {"logprobs": -130.0 + distance, "old_logprobs": torch.full((4,), -130.0)}
     inputs |= {"ref_logprobs": inputs["logprobs"] - distance.flip(0), "loss_mask": torch.ones(4)}
-    inputs |= {"rollout_logprobs": inputs["logprobs"], "entropy": torch.rand(4)}
+    inputs |= {"rollout_logprobs": inputs["logprobs"], "entropy": torch.arange(4.0)}
     for advantage in (1.5, -1.5):
         inputs["advantages"] = torch.full((4,), advantage)
         config = config_of(objective, dual_clip=dual_clip, kl_estimator=estimator, **EVERYTHING)
@@ -324,7 +324,7 @@ def test_an_excluded_token_spoils_nothing(objective: str, estimator: str) -> Non
     inf = math.inf
     inputs = {"logprobs": tensor64([-1, -2, -inf, -1.5, -inf]), "old_logprobs": tensor64([-1.1, -1.9, -inf, -inf, -1])}
     inputs |= {"ref_logprobs": tensor64([-1, -1, -1, -1, -inf]), "rollout_logprobs": inputs["old_logprobs"]}
-    inputs |= {"advantages": tensor64([1, 1, 1, 1, 1]), "loss_mask": torch.ones(5), "entropy": torch.rand(5).double()}
+    inputs |= {"advantages": tensor64([1, 1, 1, 1, 1]), "loss_mask": torch.ones(5), "entropy": tensor64(range(5))}
     for advantage in (1.0, -1.0):
         inputs["advantages"] = torch.full((5,), advantage, dtype=torch.float64)
         out, gradient, _ = differentiate(inputs, config_of(objective, kl_estimator=estimator, **EVERYTHING))
