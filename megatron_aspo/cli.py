@@ -23,6 +23,12 @@ from megatron_aspo.evaluation.options import add_benchmark_arguments, benchmark_
 from megatron_aspo.rollout.engine import check_engine
 from megatron_aspo.run_folder import BASE, find_checkpoint, find_resume, find_weights, make_folders
 
+HINTS = {
+    "train": "what has been saved is intact, and training goes on with --resume auto",
+    "eval": "run it again: a benchmark goes on where it ended",
+}
+"""What to do after a command's run has ended by no mistake of the user's."""
+
 
 class Parser(argparse.ArgumentParser):
     """One line for a mistake instead of the whole usage; no abbreviated options."""
@@ -199,9 +205,9 @@ def parse_run_config(arguments: argparse.Namespace) -> RunConfig:
     return load_config(arguments.config, overrides)
 
 
-def exit_code(action: Callable[[], int]) -> int:
-    """Run `action`; a UserError becomes one line on stderr and exit code 2, a RunError one line (of every rank that has
-    it, behind the traceback of what caused it, if anything did) and exit code 1.
+def exit_code(action: Callable[[], int], hint: str = "") -> int:
+    """Run `action`; a UserError becomes one line on stderr and exit code 2, a RunError one line that ends with `hint`
+    (of every rank that has it, behind the traceback of what caused it, if anything did) and exit code 1.
 
     A host's first rank speaks for all of it: what a UserError complains of may lack on one host only.
     """
@@ -215,8 +221,8 @@ def exit_code(action: Callable[[], int]) -> int:
         if error.__cause__ is not None:
             traceback.print_exc()
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        hint = "what has been saved is intact, and training goes on with --resume auto"
-        print(f"megatron-aspo: {rank}{' '.join(str(error).split())}; {hint}", file=sys.stderr, flush=True)
+        told = "; ".join(filter(None, (" ".join(str(error).split()), hint)))
+        print(f"megatron-aspo: {rank}{told}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -286,7 +292,7 @@ def _run_ranks(arguments: argparse.Namespace) -> int:
     if arguments.command == "eval":
         rest += benchmark_arguments(arguments)
     print(f"megatron-aspo: starting {ranks} rank(s); the imports take some seconds", file=sys.stderr, flush=True)
-    return run_local(f"megatron_aspo.{module}", rest, ranks)
+    return run_local(f"megatron_aspo.{module}", rest, ranks, HINTS.get(arguments.command, ""))
 
 
 if __name__ == "__main__":

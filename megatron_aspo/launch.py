@@ -22,12 +22,12 @@ gone when rank 0 wants it."""
 _PR_SET_PDEATHSIG = 1
 
 
-def run_local(module: str, arguments: list[str], ranks: int) -> int:
+def run_local(module: str, arguments: list[str], ranks: int, hint: str = "") -> int:
     """Run `python -m module arguments` as `ranks` processes with torchrun's environment.
 
-    Returns 0 when all succeed, else the exit code of the first rank that failed (1 for a signal); the others are
-    ended. If this process dies, whatever the cause, its ranks die too: none goes on writing behind the back
-    of a resumed run.
+    Returns 0 when all succeed, else the exit code of the first rank that failed (1 for a signal, which is told in a
+    line that ends with `hint`); the others are ended. If this process dies, whatever the cause, its ranks die too: none
+    goes on writing behind the back of a resumed run.
     """
     port = _free_port()
     cores = len(os.sched_getaffinity(0))
@@ -46,12 +46,12 @@ def run_local(module: str, arguments: list[str], ranks: int) -> int:
         command = [sys.executable, "-m", module, *arguments]
         processes.append(subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent))
     try:
-        return _join(processes)
+        return _join(processes, hint)
     finally:
         _end(processes)
 
 
-def _join(processes: list[subprocess.Popen[bytes]]) -> int:
+def _join(processes: list[subprocess.Popen[bytes]], hint: str) -> int:
     grace = None
     while True:
         codes = [process.poll() for process in processes]
@@ -60,9 +60,8 @@ def _join(processes: list[subprocess.Popen[bytes]]) -> int:
             rank, code = failed[0]
             if code < 0:
                 name = signal.Signals(-code).name
-                hint = "What has been saved is intact, and training goes on with --resume auto"
-                told = f"megatron-aspo: rank {rank} was ended by {name}; the others are stopped too. {hint}"
-                print(told, file=sys.stderr)
+                told = f"megatron-aspo: rank {rank} was ended by {name}; the others are stopped too"
+                print(told, *filter(None, [hint]), sep="; ", file=sys.stderr)
                 return 1
             # A mistake that all ranks find is told by rank 0, which may be later than the one that exited first.
             grace = grace or time.monotonic() + GRACE_SECONDS

@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"report: {html}\nplots:  {png}")
         return 0
 
-    return cli.exit_code(action)
+    return cli.exit_code(action, cli.HINTS["train"])
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             run_held_out(config, weights)
         return 0
 
-    return cli.exit_code(run)
+    return cli.exit_code(run, cli.HINTS["eval"])
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def test_a_run_whose_rollout_rank_is_killed_ends_and_resumes_to_the_bit(tmp_path
     assert killed.returncode == 1
     lines = {line for line in stderr.splitlines() if line.startswith("megatron-aspo: rank")}
     of_the_launcher = (
-        "megatron-aspo: rank 1 was ended by SIGKILL; the others are stopped too. What has been saved is intact, "
+        "megatron-aspo: rank 1 was ended by SIGKILL; the others are stopped too; what has been saved is intact, "
         "and training goes on with --resume auto"
     )
     of_the_trainer = (

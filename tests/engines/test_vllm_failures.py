@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from ranks import ends
 
+from megatron_aspo.cli import HINTS
 from megatron_aspo.run_log import read_metrics
 
 pytestmark = [pytest.mark.engines, pytest.mark.distributed]
@@ -46,7 +47,7 @@ def start(folder: Path, name: str, *arguments: str, fault: tuple[str, ...] = ())
     (folder / f"{name}.yaml").write_text(CONFIG.format(name=name, folder=folder))
     command = ["-m", "megatron_aspo.cli", "train", f"{folder}/{name}.yaml", *arguments]
     if fault:
-        launched = ("failing_vllm", [*fault, f"{folder}/{name}.yaml", *arguments], 2)
+        launched = ("failing_vllm", [*fault, f"{folder}/{name}.yaml", *arguments], 2, HINTS["train"])
         command = ["-c", f"import sys; from megatron_aspo.launch import run_local; sys.exit(run_local{launched!r})"]
     before = time.monotonic()
     done = subprocess.run(
@@ -87,8 +88,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str
         ),
         (
             "kill",
-            "megatron-aspo: rank 1 was ended by SIGKILL; the others are stopped too. "
-            "What has been saved is intact, and training goes on with --resume auto",
+            "megatron-aspo: rank 1 was ended by SIGKILL; the others are stopped too; "
+            "what has been saved is intact, and training goes on with --resume auto",
         ),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_aspo import cli, launch
+from megatron_aspo.errors import RunError
 
 COMMANDS = ("train", "eval", "export", "check-rollout", "plan", "report", "metrics", "doctor")
 
@@ -21,7 +22,7 @@ GOOD = "name: t\nmodel: {num_layers: 2}\n"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a sound run.yaml, and no way to start ranks should a mistake go unnoticed."""
 
-    def started(module: str, arguments: list[str], ranks: int) -> int:
+    def started(module: str, arguments: list[str], ranks: int, hint: str) -> int:
         raise AssertionError(f"started {ranks} ranks of {module} with {arguments}")
 
     monkeypatch.setattr(launch, "run_local", started)
@@ -343,10 +344,23 @@ def test_the_first_rank_of_a_host_speaks(
     assert err.count("\n") == lines
 
 
+@pytest.mark.parametrize(("hint", "end"), [(cli.HINTS["train"], f"; {cli.HINTS['train']}"), ("", "")])
+def test_a_run_that_cannot_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, hint: str, end: str
+) -> None:
+    def run() -> int:
+        raise RunError("vLLM failed:\n  a reason")
+
+    monkeypatch.setenv("RANK", "3")
+    assert cli.exit_code(run, hint) == 1
+    assert capsys.readouterr().err == f"megatron-aspo: rank 3: vLLM failed: a reason{end}\n"
+
+
 def test_good_arguments_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, list[str], int]] = []
 
-    def run_local(module: str, arguments: list[str], ranks: int) -> int:
+    def run_local(module: str, arguments: list[str], ranks: int, hint: str) -> int:
+        assert hint == cli.HINTS["train" if module == "megatron_aspo.train" else "eval"]
         calls.append((module, arguments, ranks))
         return 5
 

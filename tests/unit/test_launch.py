@@ -1,6 +1,7 @@
-"""Where the ranks of a host meet."""
+"""Where the ranks of a host meet, and what is said when a signal ends one."""
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +28,16 @@ def test_no_port_that_the_system_hands_out() -> None:
         pytest.skip(f"this system hands out ports from {first} on")
     assert max(found) < first
     assert len(set(found)) > 90
+
+
+@pytest.mark.parametrize(("hint", "end"), [("do it again", "; do it again"), ("", "")])
+def test_a_rank_that_a_signal_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], hint: str, end: str
+) -> None:
+    (tmp_path / "victim.py").write_text(
+        "import os, signal, time\nos.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGSEGV)\ntime.sleep(600)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert launch.run_local("victim", [], 2, hint) == 1
+    told = f"megatron-aspo: rank 1 was ended by SIGSEGV; the others are stopped too{end}\n"
+    assert capfd.readouterr().err == told
