@@ -31,8 +31,8 @@ from megatron_aspo.policy.trainer import Policy
 from megatron_aspo.types import Prompt, Sample
 
 _context = multiprocessing.get_context("forkserver")
-_preloaded = ["megatron_aspo.train", "torch._dynamo"]  # the latter is imported with the first optimizer
-_context.set_forkserver_preload(_preloaded)
+PRELOADED = ["megatron_aspo.train", "torch._dynamo"]  # the latter is imported with the first optimizer
+_context.set_forkserver_preload(PRELOADED)
 
 VOCAB = 128
 
@@ -56,7 +56,8 @@ def run_config(parallel: ParallelConfig | None = None, **sections: Any) -> RunCo
 def preload(*modules: str) -> None:
     """Have ranks forked from a process that has imported these too; to be called before any rank runs. It does not
     import what only pytest finds, and says nothing of what it cannot import."""
-    _context.set_forkserver_preload([*_preloaded, *modules])
+    PRELOADED.extend(module for module in modules if module not in PRELOADED)
+    _context.set_forkserver_preload(PRELOADED)
 
 
 def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
