@@ -57,8 +57,10 @@ def _join(processes: list[subprocess.Popen[bytes]], hint: str) -> int:
         codes = [process.poll() for process in processes]
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
         if failed:
-            rank, code = failed[0]
-            if code < 0:
+            killed = [(rank, code) for rank, code in failed if code < 0]
+            # At the first look: other ranks may have ended of it by now. A later signal is itself of an earlier failure.
+            if killed and grace is None:
+                rank, code = killed[0]
                 name = signal.Signals(-code).name
                 told = f"megatron-aspo: rank {rank} was ended by {name}; the others are stopped too"
                 print(told, *filter(None, [hint]), sep="; ", file=sys.stderr)
@@ -66,7 +68,7 @@ def _join(processes: list[subprocess.Popen[bytes]], hint: str) -> int:
             # A mistake that all ranks find is told by rank 0, which may be later than the one that exited first.
             grace = grace or time.monotonic() + GRACE_SECONDS
             if None not in codes or time.monotonic() > grace:
-                return code
+                return next(code for _, code in failed if code > 0)
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)

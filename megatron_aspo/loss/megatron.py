@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,9 @@ from megatron_aspo.types import LossOutput
 
 LossTuple = tuple[Tensor, Tensor, dict[str, Any]]
 """(loss_sum, denominator as int32, {"metrics": name -> (sum, count), "maxima": name -> scalar})."""
+
+_FILLED = ("hidden", "weight", "loss_scale", "allow_empty")
+"""What the heads give to the fused functions themselves, whatever the caller says."""
 
 
 def megatron_loss_func(
@@ -109,15 +113,21 @@ def megatron_loss_head(
     Args:
         context: the keyword arguments of `fused_linear_policy_loss`, tensors in Megatron's order [batch, sequence];
             what the model knows (hidden, weight, tp_group, sequence_parallel, loss_scale) is filled in.
-        hidden_states, output_layer, output_weight, config: as GPTModel hands them over.
+        hidden_states: [sequence, batch, H], with sequence parallelism this rank's 1/tp of the sequence.
+        output_layer, output_weight, config: as GPTModel hands them over.
+
+    Raises:
+        ValueError: the context has an unknown name or lacks one; shapes, types, ids, groups or numbers do not fit; the
+            model has what the head does not know. Before any collective.
     """
     if not config.calculate_per_token_loss:
         raise ValueError("megatron_loss_head needs calculate_per_token_loss=True in Megatron's TransformerConfig")
+    arguments = _arguments(fused_linear_policy_loss, context, output_layer, hidden_states)
     scale = config.grad_scale_func
     output = fused_linear_policy_loss(
         hidden_states,
         _weight(output_layer, output_weight, config),
-        **_arguments(context, output_layer),
+        **arguments,
         loss_scale=1.0 if scale is None else scale(torch.ones((), device=hidden_states.device)),
         allow_empty=True,
     )
@@ -136,12 +146,12 @@ def megatron_logprobs_head(
 
     Args:
         context: the keyword arguments of `fused_linear_logprobs`; see `megatron_loss_head`.
+
+    Raises:
+        ValueError: as `megatron_loss_head`.
     """
-    logprobs, entropy = fused_linear_logprobs(
-        hidden_states,
-        _weight(output_layer, output_weight, config),
-        **_arguments(context, output_layer),
-    )
+    arguments = _arguments(fused_linear_logprobs, context, output_layer, hidden_states)
+    logprobs, entropy = fused_linear_logprobs(hidden_states, _weight(output_layer, output_weight, config), **arguments)
     return logprobs.transpose(0, 1), entropy.transpose(0, 1)
 
 
@@ -159,10 +169,16 @@ def _weight(output_layer: Any, output_weight: Tensor | None, config: Any) -> Ten
     return output_layer.weight if output_weight is None else output_weight
 
 
-def _arguments(context: Any, output_layer: Any) -> dict[str, Any]:
-    """The fused head's, from what the caller gave and the layer knows. Tensors go from [batch, sequence] to the order
-    of hidden states; by default each row is a response."""
-    arguments = {"tp_group": output_layer.tp_group, "sequence_parallel": output_layer.sequence_parallel, **context}
+def _arguments(function: Callable[..., Any], context: Any, output_layer: Any, hidden_states: Tensor) -> dict[str, Any]:
+    """The fused function's, from what the caller gave and the layer knows. Tensors go from [batch, sequence] to the
+    order of hidden states, and are checked before: errors speak of what the caller has. By default each row is a
+    response."""
+    validation.check_arguments("output_processor_context", context, function, _FILLED)
+    arguments: dict[str, Any] = {
+        "tp_group": output_layer.tp_group,
+        "sequence_parallel": output_layer.sequence_parallel,
+        **context,
+    }
     if group_size(arguments["tp_group"]) != group_size(output_layer.tp_group):
         raise ValueError(
             f"tp_group has {group_size(arguments['tp_group'])} ranks, the output layer is split over "
@@ -174,11 +190,29 @@ def _arguments(context: Any, output_layer: Any) -> dict[str, Any]:
         raise ValueError(
             f"targets has shape {list(targets.shape)}, expected [batch, sequence]; a packed stream is [1, T]"
         )
-    if "config" in arguments and arguments.get("sequence_ids") is None:
-        arguments["sequence_ids"] = torch.arange(targets.shape[0], device=targets.device)[:, None].expand_as(targets)
+    ranks = group_size(arguments["tp_group"]) if arguments["sequence_parallel"] else 1
+    whole = [hidden_states.shape[1], hidden_states.shape[0] * ranks]
+    validation.check_shapes(whole, "[batch, sequence] of the hidden states", targets=targets)
+    if "config" not in arguments:
+        validation.check_shapes(targets.shape, "that of targets", loss_mask=arguments.get("loss_mask"))
+    else:
+        check_inputs(
+            targets.shape,
+            arguments["config"],
+            arguments.get("cp_group"),
+            loss_mask=arguments["loss_mask"],
+            advantages=arguments["advantages"],
+            old_logprobs=arguments["old_logprobs"],
+            ref_logprobs=arguments.get("ref_logprobs"),
+            rollout_logprobs=arguments.get("rollout_logprobs"),
+            sequence_ids=arguments.get("sequence_ids"),
+        )
+        if arguments.get("sequence_ids") is None:
+            rows = torch.arange(targets.shape[0], device=targets.device)
+            arguments["sequence_ids"] = rows[:, None].expand_as(targets)
     if arguments.get("response_terms") is not None:
-        arguments["response_terms"].check(arguments["config"], arguments["targets"].numel())
-        arguments["response_terms"] = arguments["response_terms"].transposed(*arguments["targets"].shape)
+        arguments["response_terms"].check(arguments["config"], targets.numel())
+        arguments["response_terms"] = arguments["response_terms"].transposed(*targets.shape)
     return {
         name: value.transpose(0, 1) if isinstance(value, Tensor) and value.dim() == 2 else value
         for name, value in arguments.items()

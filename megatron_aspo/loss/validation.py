@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,21 @@ def check_counts(**values: Any) -> None:
 def check_group(name: str, group: dist.ProcessGroup | None) -> None:
     if group is not None and dist.get_rank(group) < 0:
         raise ValueError(f"{name}: this rank is not a member of the group; pass the group that this rank belongs to")
+
+
+def check_arguments(what: str, given: Any, function: Callable[..., Any], filled: Collection[str]) -> None:
+    """`given` are arguments by name: all that `function` needs, and nothing that it does not take, but for those that
+    are `filled` in for the caller."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{what} must be a dict, not {type(given).__name__}")
+    takes = {name: p for name, p in inspect.signature(function).parameters.items() if name not in filled}
+    unknown = [name for name in given if name not in takes]
+    missing = [name for name, p in takes.items() if p.default is p.empty and name not in given]
+    # A misspelt name is both: what was written comes first.
+    for verb, names in (("has", unknown), ("lacks", missing)):
+        if names:
+            listed = ", ".join(f"'{name}'" for name in names)
+            raise ValueError(f"{what} {verb} {listed}; it takes {', '.join(takes)}")
 
 
 def check_tensors(**values: Any) -> None:

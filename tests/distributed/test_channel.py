@@ -145,14 +145,14 @@ def lose(config: RunConfig, victim: str) -> None:
         assert channel is not None
         if channel.role == victim:
             channel.send(make_bucket(1))
-            time.sleep(1)
+            time.sleep(3)  # till all of it is there
             os.kill(os.getpid(), signal.SIGKILL)
         channel.receive()
         start = time.monotonic()
         with pytest.raises(PeerLostError) as error:
             channel.receive()
         print(error.value, flush=True)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30
         os._exit(3)
 
 

@@ -376,6 +376,67 @@ def test_a_mean_per_micro_batch_is_refused() -> None:
     assert "ValueError: ASPO's loss is a sum over tokens: run Megatron with --calculate-per-token-loss" in output
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", [(BATCH, SEQUENCE - 1), (BATCH - 1,), (BATCH + 1,), (1, BATCH)])
+def test_other_than_an_advantage_per_sequence_is_refused(shape: tuple[int, ...], packed: bool) -> None:
+    given: dict[str, Any] = variables(0)
+    if packed:
+        given = one_bin(given) | {"seq_starts": STARTS, "seq_lengths": [SEQUENCE] * BATCH}
+    adapter().rl_batch(**given)
+    message = rf"^advantages has shape \{list(shape)}, expected .{BATCH}. .one per sequence.$"
+    with pytest.raises(ValueError, match=message):
+        adapter().rl_batch(**given | {"advantages": torch.ones(shape)})
+
+
+def test_a_bin_without_a_sequence_has_no_advantage() -> None:
+    given: dict[str, Any] = one_bin(variables(0)) | {"seq_starts": [], "seq_lengths": [], "advantages": torch.ones(0)}
+    batch = adapter().rl_batch(**given)
+    assert batch["advantages"].shape == batch["targets"].shape
+    with pytest.raises(ValueError, match=r"advantages has shape .1., expected .0."):
+        adapter().rl_batch(**given | {"advantages": torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        ("position_ids", "^the batch lacks tokens: "),
+        ("tokens", "^the batch lacks position_ids: "),
+        ("targets", "^the batch lacks position_ids and tokens: "),
+    ],
+)
+def test_a_batch_without_the_models_inputs_is_refused(left: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adapter().forward_step(iter([{left: positions()}]), None, LOSS)
+
+
+def refusals(fused: bool) -> list[str]:
+    """What is said of wrong batches of a loop of one's own."""
+    config, said = run_config(), []
+    with distributed(config):
+        initialize_parallel(config.parallel, 0)
+        model, aspo, right = existing_model(config.parallel), adapter(), own_names(variables(0))
+        for left_out, added in (
+            ("", {"advantages": torch.ones(BATCH)}),
+            ("advantages", {"advantage": right["advantages"]}),
+            ("old_logprobs", {}),
+        ):
+            batch = {name: value for name, value in right.items() if name != left_out} | added
+            with pytest.raises(ValueError) as caught:  # noqa: PT011, PT012  the message is returned
+                output, loss_func = aspo.forward_step(iter([batch]), model, LOSS, fused=fused)
+                loss_func(output)
+            said.append(str(caught.value))
+    return said
+
+
+@pytest.mark.parametrize(("fused", "holder"), [(True, "output_processor_context"), (False, "batch")])
+def test_a_wrong_batch_is_told_of_in_its_own_names_and_layout(fused: bool, holder: str) -> None:
+    shape, unknown, missing = run(1, refusals, fused)[0]
+    assert shape == f"advantages has shape [{BATCH}], expected [{BATCH}, {SEQUENCE}] (one per token)"
+    takes = "it takes targets, old_logprobs, advantages, loss_mask, config, tp_group"
+    assert unknown.startswith(f"{holder} has 'advantage'; {takes}")
+    assert missing.startswith(f"{holder} lacks 'old_logprobs'; {takes}")
+
+
 # --- The page's commands ---
 
 

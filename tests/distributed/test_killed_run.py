@@ -20,7 +20,7 @@ from megatron_aspo.run_log import read_metrics
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 6
+STEPS = 10
 CONFIG = f"""
 model: {{hidden_size: 32, ffn_hidden_size: 64, max_sequence_length: 16}}
 parallel: {{tensor: 2}}
@@ -106,7 +106,7 @@ def test_a_stopped_and_killed_run_resumes_to_the_bit(tmp_path: Path, start: Star
     assert undisturbed.returncode == 0, stderr
     expected = without_times(tmp_path / "undisturbed")
     train = [record for record in expected if record["phase"] == "train"]
-    assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in train] == list(range(1, STEPS + 1))
     assert all(record["optimizer/grad_norm"] > 0.01 for record in train)  # every step had something to learn
     assert train[-1]["loss/kl"] > 1e-4  # the reference matters
 
@@ -124,8 +124,10 @@ def test_a_stopped_and_killed_run_resumes_to_the_bit(tmp_path: Path, start: Star
     wait_for_step(killed, tmp_path / "killed", step + 1)
     killed.send_signal(signal.SIGKILL)  # the launcher alone: its ranks must not outlive it
     killed.wait()
-    time.sleep(1)
-    assert alive(killed.pid) == []
+    deadline = time.monotonic() + 30
+    while alive(killed.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert steps_done(tmp_path / "killed") < STEPS
 
     assert "changed" not in (tmp_path / "killed.out").read_text()

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 def start_alone(take_port: bool) -> str:
     """What the first of two ranks says when there is no second one, or when its port belongs to another program."""
     os.environ["WORLD_SIZE"] = "2"
-    distributed_module.TIMEOUT = timedelta(seconds=2)
+    distributed_module.TIMEOUT = timedelta(seconds=5)
     with socket.socket() as other:
         if take_port:
             other.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))

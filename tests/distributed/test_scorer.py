@@ -43,12 +43,12 @@ def score_slowly(config: RunConfig) -> list[float]:
 
     def judge(response: str, row: dict[str, int]) -> float:
         if response == "1":
-            time.sleep(3)
+            time.sleep(8)
         return float(response)
 
     samples = [Sample(Prompt(i, "", (), {}), i, (1,), "stop", text=str(i)) for i in range(2)]
     # A rank is a process of its own, so this patches it alone.
-    distributed_module.TIMEOUT = timedelta(seconds=1)
+    distributed_module.TIMEOUT = timedelta(seconds=4)
     with distributed(config), Scorer(config, judge) as scorer:
         scorer.score(samples)
     return [sample.score for sample in samples]

@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hashes = ("--require-hashes", "--build-constraints", ROOT / "requirements.txt")  # as scripts/bootstrap.sh does
     run(*install, *hashes, "--requirement", folder / "declared.txt", cwd=ROOT)
     run(*install, wheel, cwd=ROOT)
-    shutil.copytree(ROOT / "examples", folder / "examples")
+    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 

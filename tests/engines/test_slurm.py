@@ -23,11 +23,11 @@ pytestmark = [
 
 SETTINGS = ["RECIPE=tiny", f"PYTHON={sys.executable}", "SLURM_WAIT=20"]
 SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0")
-STEPS = 8
+STEPS = 12
 # What the warm-up depends on is the recipe's, so that the first job makes it for all.
 SHORT = [
     f"train.steps={STEPS}",
-    "checkpoint.every=4",
+    "checkpoint.every=6",
     "eval.every=0",
     "rollout.prompts_per_step=8",
     "parallel.tensor=1",
@@ -141,7 +141,7 @@ def test_time_limit(submit: Submit, cluster: Cluster, undisturbed: list[dict[str
 
 def test_requeue(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]]) -> None:
     job = submit("requeue", *SHORT)
-    wait_for_step(job, 5)
+    wait_for_step(job, 7)
     cluster.call("scontrol", "requeue", job.id)
     check_goes_on_as_if_nothing_had_happened(job, undisturbed, restarts=1)
 
@@ -168,17 +168,17 @@ def test_signal(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, An
 
 def test_a_killed_rank(submit: Submit, undisturbed: list[dict[str, Any]]) -> None:
     job = submit("killed", *SHORT)
-    wait_for_step(job, 5)
+    wait_for_step(job, 7)
     victim = next(p for p in job.processes() if p.environ().get("RANK") == "1")
     victim.send_signal(signal.SIGKILL)
     check_goes_on_as_if_nothing_had_happened(job, undisturbed, restarts=0)
     assert "crash 1 of at most 3 in a row; starting again from" in job.said
-    assert "checkpoints/step_000004" in job.said
+    assert "checkpoints/step_000006" in job.said
 
 
 def test_a_node_that_goes_down(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]]) -> None:
     job = submit("node-down", *SHORT)
-    wait_for_step(job, 5)
+    wait_for_step(job, 7)
     down = nodes_of_attempts(job)[0][1]
     cluster.call("scontrol", "update", f"NodeName={down}", "State=DOWN", "Reason=test")
     try:

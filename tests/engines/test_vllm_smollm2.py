@@ -142,26 +142,21 @@ def cost_of_a_refit(config: RunConfig) -> dict[str, float]:
             engine.refit()
         source = torch.ones(size, dtype=torch.uint8)
         target = torch.zeros_like(source)
-        seconds: list[float] = []
-        for action in (engine.refit, lambda: target.copy_(source)):
-            times: list[float] = []
-            for _ in range(5):
-                before = time.process_time()
-                action()
-                times.append(time.process_time() - before)
-            seconds.append(min(times))
-        return {
-            "size": size,
-            "export": export.bytes / size,
-            "refit": refit.bytes / size,
-            "copies": seconds[0] / seconds[1],
-        }
+        copies: list[float] = []
+        for _ in range(7):  # by turns: what the caches are left by other programs comes and goes
+            start = time.process_time()
+            engine.refit()
+            middle = time.process_time()
+            target.copy_(source)
+            copies.append((middle - start) / (time.process_time() - middle))
+        return {"size": size, "export": export.bytes / size, "refit": refit.bytes / size, "copies": min(copies)}
 
 
 def test_what_a_refit_costs() -> None:
     """Ours, the export, writes the matrices anew that it takes apart (queries, keys and values), an eighth of this
     model; all others are the parameters' own memory. The rest is vLLM's, which writes each weight once and the tied
-    embedding twice. Only time tells that oneDNN then packs every matrix on a CPU, as long as four copies take."""
+    embedding twice. Only time tells that oneDNN then packs every matrix on a CPU: as long as 10 copies take, or 14 on a
+    busy machine."""
     config = run_config(
         model=ModelConfig(hf_path=str(SMOLLM2), dtype="bfloat16", max_sequence_length=128),
         rollout=RolloutConfig(engine="vllm", max_response_tokens=24, batch_size=16, kv_cache_gb=0.1),
@@ -171,4 +166,4 @@ def test_what_a_refit_costs() -> None:
     assert found["size"] > 250e6
     assert 0.12 < found["export"] < 0.125, found
     assert 1 < found["refit"] - found["export"] < 1.3, found
-    assert found["copies"] < 16, found
+    assert found["copies"] < 40, found

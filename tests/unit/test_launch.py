@@ -1,6 +1,7 @@
 """Where the ranks of a host meet, and what is said when a signal ends one."""
 
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,21 @@ def test_a_rank_that_a_signal_ends(
     assert launch.run_local("victim", [], 2, hint) == 1
     told = f"megatron-aspo: rank 1 was ended by SIGSEGV; the others are stopped too{end}\n"
     assert capfd.readouterr().err == told
+
+
+def joined(*scripts: str, together: bool) -> int:
+    """The exit code of ranks that are these scripts and, where `together`, have all ended before the first look."""
+    processes = [subprocess.Popen(["sh", "-c", script]) for script in scripts]
+    if together:
+        for process in processes:
+            process.wait()
+    return launch._join(processes, "do it again")
+
+
+def test_a_rank_that_ended_of_anothers_death_is_not_the_cause(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its peer is gone, it says so and ends, before the launcher looks."""
+    assert joined("exit 1", "kill -KILL $$", together=True) == 1
+    assert "rank 1 was ended by SIGKILL" in capfd.readouterr().err
+    assert joined("exit 2", "sleep 1; kill -ABRT $$", together=False) == 2
+    assert joined("sleep 1; kill -ABRT $$", "exit 2", together=False) == 2
+    assert capfd.readouterr().err == ""

@@ -95,7 +95,7 @@ CASES: list[Case] = [
     (OF_HIDDEN, {"hidden": torch.zeros(H)}, "hidden must be .*, H., not 1-d"),
     (OF_HIDDEN, {"hidden": torch.zeros(2, T, H + 1)}, r"weight must be .V/tp, 4. .*, not .6, 3."),
     (OF_HIDDEN, {"hidden": torch.zeros(T, H)}, r"targets has shape .2, 4., expected .4. .*hidden"),
-    (HEADS, {"hidden": torch.zeros(T + 1, 2, H)}, r"targets has shape .4, 2., expected .5, 2. .*hidden"),
+    (HEADS, {"hidden": torch.zeros(T + 1, 2, H)}, r"targets has shape .2, 4., expected .2, 5. .*hidden"),
     (OF_HIDDEN, {"weight": torch.zeros(H)}, "weight must be"),
     (OF_HIDDEN, {"weight": torch.zeros(H, V)}, "weight must be"),
     (OF_HIDDEN, {"weight": torch.zeros(1, V, H)}, "weight must be"),
@@ -106,9 +106,16 @@ CASES: list[Case] = [
     ((*FUSED, *OF_LOGITS), {"targets": torch.zeros(2 * T).long()}, "targets has shape"),
     (("policy_loss",), {"logprobs": torch.tensor(0.0)}, "logprobs must be"),
     (("policy_loss",), {"entropy": torch.zeros(2, T + 1)}, "entropy has shape"),
-    *((LOSSES, {name: torch.zeros(2, T + 1).to(v.dtype)}, f"{name} has shape") for name, v in PER_TOKEN.items()),
-    *((LOSSES, {name: torch.zeros(2 * T).to(v.dtype)}, f"{name} has shape") for name, v in PER_TOKEN.items()),
-    (("fused_linear_logprobs", "vocab_parallel_logprobs"), {"loss_mask": torch.zeros(2, 1)}, "loss_mask has shape"),
+    *(
+        (LOSSES, {name: torch.zeros(*shape).to(v.dtype)}, f"{name} has shape .{said}., expected .2, 4. .one per token")
+        for shape, said in (((2, T + 1), "2, 5"), ((2,), "2"), ((2 * T,), "8"), ((T, 2), "4, 2"))
+        for name, v in PER_TOKEN.items()
+    ),
+    (
+        ("fused_linear_logprobs", "megatron_logprobs_head", "vocab_parallel_logprobs"),
+        {"loss_mask": torch.zeros(2, 1)},
+        "loss_mask has shape .2, 1., expected .2, 4.",
+    ),
     # Types.
     (OF_HIDDEN, {"hidden": torch.zeros(2, T, H).long()}, "hidden must be floating point, not torch.int64"),
     (
@@ -191,6 +198,17 @@ CASES: list[Case] = [
     # Groups.
     (OF_HIDDEN, {"sequence_parallel": True}, "sequence_parallel=True needs a tp_group"),
     (HEADS, {"output_layer": layer(sequence_parallel=True)}, "sequence_parallel=True needs a tp_group"),
+    # Names.
+    (
+        ("megatron_loss_head",),
+        {"advantage": ONES},
+        "^output_processor_context has 'advantage'; it takes targets, old_logprobs, advantages, loss_mask, config, tp_",
+    ),
+    (
+        ("megatron_logprobs_head",),
+        {"advantages": ONES, "weight": ONES},
+        "^output_processor_context has 'advantages', 'weight'; it takes targets, tp_group, .*, vocab_size, loss_mask$",
+    ),
     # The model.
     (HEADS, {"output_layer": layer(bias=torch.zeros(V))}, "bias of the output layer"),
     (HEADS, {"model": {"use_mup": True}}, "muP"),
@@ -313,6 +331,32 @@ def test_a_tensor_parallel_group_of_another_size_than_the_layers_is_refused(head
 
 
 @pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    ("head", "context", "message"),
+    [
+        (megatron_loss_head, {}, "lacks 'targets', 'old_logprobs', 'advantages', 'loss_mask', 'config'; it takes tar"),
+        (megatron_loss_head, TARGETS | PER_TOKEN, "lacks 'config'; it takes targets, .*, response_terms$"),
+        (megatron_logprobs_head, {}, "lacks 'targets'; it takes targets, tp_group"),
+        (megatron_loss_head, None, "must be a dict, not NoneType"),
+        (megatron_logprobs_head, TARGETS["targets"], "must be a dict, not Tensor"),
+    ],
+)
+def test_a_heads_context_that_lacks_something_is_refused(head: Any, context: Any, message: str) -> None:
+    whole = layer()
+    whole.tp_group = dist.group.WORLD
+    # Parameters that are being gathered are waited for here.
+    whole.register_forward_pre_hook(lambda *_: pytest.fail("the weight was asked for first"))
+    with pytest.raises(ValueError, match=f"^output_processor_context {message}"), NoCollective():
+        head(
+            hidden_states=torch.zeros(T, 2, H),
+            output_layer=whole,
+            output_weight=None,
+            config=SimpleNamespace(calculate_per_token_loss=True, grad_scale_func=None),
+            context=context,
+        )
+
+
+@pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("name", [*OF_HIDDEN, *OF_LOGITS, *HEADS, "policy_loss"])
 def test_a_group_without_this_rank_is_refused(name: str) -> None:
     function, inputs = FUNCTIONS[name]
@@ -335,3 +379,8 @@ def test_sequence_parallel_shapes_are_named_with_the_ranks() -> None:
             function(**inputs | options)
         with pytest.raises(ValueError, match="sequence_parallel=True needs a tp_group of more than one rank"):
             function(**inputs | options | {"tp_group": dist.new_group([0])})
+    for name in HEADS:
+        function, inputs = FUNCTIONS[name]
+        options = {"tp_group": dist.group.WORLD, "output_layer": layer(sequence_parallel=True)}
+        with pytest.raises(ValueError, match=r"targets has shape .2, 4., expected .2, 8. .*hidden"), NoCollective():
+            function(**inputs | options)

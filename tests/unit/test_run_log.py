@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from megatron_aspo import progress as progress_module
 from megatron_aspo.errors import UserError
 from megatron_aspo.progress import Progress, duration
 from megatron_aspo.run_log import RunLog, _git_state, read_metrics, read_samples, save_provenance
+
+
+@pytest.fixture(autouse=True)
+def first_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one second and process are read in the order of their numbers' digits: 10 comes before 9. A resumed run
+    is another process."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def _write(run_dir: Path, resume_step: int | None, *entries: tuple[str, int, dict[str, float]]) -> None:

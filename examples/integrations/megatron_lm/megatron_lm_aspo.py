@@ -10,9 +10,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 from torch import Tensor
-from torch.nn.functional import pad
 
 from megatron_aspo.loss import LossOutput, PolicyLossConfig, megatron_loss_func, megatron_loss_head, megatron_loss_tuple
+from megatron_aspo.loss.validation import check_arguments, check_shapes
 
 
 def forward_step(data_iterator: Iterator[dict[str, Any]], model: Any, config: PolicyLossConfig, **options: Any) -> Any:
@@ -22,6 +22,8 @@ def forward_step(data_iterator: Iterator[dict[str, Any]], model: Any, config: Po
     takes, said of the label at each position: targets, advantages, loss_mask, old_logprobs, ...
     """
     batch = dict(next(data_iterator))
+    if missing := {"tokens", "position_ids"} - batch.keys():
+        raise ValueError(f"the batch lacks {' and '.join(sorted(missing))}: the model takes them, [batch, sequence]")
     return aspo_step(model, batch.pop("tokens"), batch.pop("position_ids"), batch, config, **options)
 
 
@@ -39,22 +41,21 @@ def aspo_step(
     if not megatron.calculate_per_token_loss:
         raise ValueError("ASPO's loss is a sum over tokens: run Megatron with --calculate-per-token-loss")
     # The vocabulary's padding keeps its probability (no vocab_size): Megatron-LM's old log-probs have it too.
-    groups = {"tp_group": parallel_state.get_tensor_model_parallel_group()}
-    groups["cp_group"] = parallel_state.get_context_parallel_group()
-    arguments: dict[str, Any] = {**batch, **groups, "config": config}
-    # Megatron's wrapper of 16-bit models would copy the logits to float32.
-    options: dict[str, Any] = {"fp32_output": False} if megatron.bf16 or megatron.fp16 else {}
+    tp_group, cp_group = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
+    arguments = {**batch, "tp_group": tp_group, "cp_group": cp_group, "config": config}
+    options: dict[str, Any] = {"packed_seq_params": packed_seq_params, "runtime_gather_output": False}
+    if megatron.bf16 or megatron.fp16:
+        options["fp32_output"] = False  # Megatron's wrapper of such models would copy the logits to float32
     if fused:
         options |= {"output_processor": megatron_loss_head, "output_processor_context": arguments}
-    else:
-        options["runtime_gather_output"] = False
-    output = model(tokens, position_ids, None, packed_seq_params=packed_seq_params, **options)
+    output = model(tokens, position_ids, None, **options)
     return output, partial(loss_func, **arguments)
 
 
 def loss_func(output: Any, **arguments: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss sum, denominator, and metrics as Megatron-LM's training loop averages them: [sum, count] each."""
-    made = isinstance(output, LossOutput)
+    if not (made := isinstance(output, LossOutput)):  # the fused head has checked its own
+        check_arguments("batch", arguments, megatron_loss_func, ("logits",))
     loss_sum, denominator, reported = megatron_loss_tuple(output) if made else megatron_loss_func(output, **arguments)
     # A mean over no token at all shall read 0: Megatron-LM takes NaN for a failed iteration.
     pairs = {name: torch.stack([total, count.clamp(min=1e-6)]) for name, (total, count) in reported["metrics"].items()}
@@ -86,15 +87,14 @@ def rl_batch(
     seq_lengths: Sequence[int] | None = None,
 ) -> dict[str, Tensor | None]:
     """The variables of `train_rl.py`'s forward step as `batch`: tokens [batch, sequence], or of packed ones a bin
-    [1, T]; log-probs and mask shorter by 1; an advantage per sequence."""
+    [1, T]; log-probs and mask shorter by 1; advantages [sequences]. Another number of them is a ValueError."""
     if parallel_state.get_context_parallel_world_size() > 1:
         raise ValueError("train_rl.py's batches are not parted for context parallelism: run with 1 such rank")
+    check_shapes([len(tokens if seq_starts is None else seq_starts)], "one per sequence", advantages=advantages)
     ids = torch.arange(tokens.shape[0], device=tokens.device)[:, None].repeat(1, tokens.shape[1])
-    if seq_starts is not None and seq_lengths is not None:
-        ids.fill_(len(seq_starts))  # what no sequence covers, and is masked
-        for i, (start, length) in enumerate(zip(seq_starts, seq_lengths, strict=True)):
-            ids[0, start : start + length] = i
+    for i, (start, length) in enumerate(zip(seq_starts or (), seq_lengths or (), strict=True)):
+        ids[0, start : start + length] = i  # what no sequence covers is masked
     labels = {"targets": tokens[:, 1:], "loss_mask": loss_mask, "old_logprobs": old_logprobs}  # the last has none
     labels |= {"ref_logprobs": ref_logprobs, "rollout_logprobs": inference_logprobs}
-    batch = {name: None if value is None else pad(value, (0, 1)) for name, value in labels.items()}
-    return {**batch, "advantages": pad(advantages.flatten().float(), (0, 1))[ids], "sequence_ids": ids}
+    batch = {name: None if value is None else torch.nn.functional.pad(value, (0, 1)) for name, value in labels.items()}
+    return {**batch, "advantages": torch.nn.functional.pad(advantages.float(), (0, 1))[ids], "sequence_ids": ids}

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
 
-# Fields of the configuration that ask for another objective or for a term that ASPO's loss does not make.
-REFUSED = (
-    "disable_ppo_ratio",
-    "force_on_policy_ratio",
-    "use_cispo",
-    "sequence_level_importance_ratios",
-    "use_importance_sampling_correction",
-    "positive_example_nll_weight",
-    "reference_policy_kl_penalty",
-)
+# Fields of the configuration that ask for another objective or for a term that ASPO's loss does not make, and the value
+# that asks for none. It must be said: a recipe may have another, and the KL penalty is 0.01 by default.
+REFUSED = {
+    "disable_ppo_ratio": "false",
+    "force_on_policy_ratio": "false",
+    "use_cispo": "false",
+    "sequence_level_importance_ratios": "false",
+    "use_importance_sampling_correction": "false",
+    "positive_example_nll_weight": "0",
+    "reference_policy_kl_penalty": "0",
+}
 
 
 class ASPOLossFn(ClippedPGLossFn):
@@ -33,14 +34,23 @@ class ASPOLossFn(ClippedPGLossFn):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if wrong := [name for name in REFUSED if getattr(self, name, None)]:
-            raise ValueError(
-                f"ASPOLossFn does not take loss_fn.{', loss_fn.'.join(wrong)}: leave it out (see its README)"
-            )
+            given = ", ".join(f"loss_fn.{name}={getattr(self, name)}" for name in wrong)
+            fix = " ".join(f"loss_fn.{name}={REFUSED[name]}" for name in wrong)
+            raise ValueError(f"ASPOLossFn does not take {given}: set {fix} (see its README)")
+        low, high, cap = self.ratio_clip_min, self.ratio_clip_max, self.ratio_clip_c
+        # PolicyLossConfig's own errors would name settings that NeMo-RL does not have.
+        for rule, holds in {
+            f"loss_fn.ratio_clip_min={low} must lie in [0, 1)": 0 <= low < 1,
+            f"loss_fn.ratio_clip_max={high} must be finite and >= 0": 0 <= high < torch.inf,
+            f"loss_fn.ratio_clip_c={cap} must be > 1, or null for 3": cap is None or cap > 1,
+        }.items():
+            if not holds:
+                raise ValueError(rule)
         self.policy_loss = PolicyLossConfig(
             objective="aspo",
-            clip_low=self.ratio_clip_min,
-            clip_high=self.ratio_clip_max,
-            dual_clip=3.0 if self.ratio_clip_c is None else self.ratio_clip_c,
+            clip_low=low,
+            clip_high=high,
+            dual_clip=3.0 if cap is None else cap,
             aggregation="token-mean" if self.loss_type == LossType.TOKEN_LEVEL else "seq-mean-token-mean",
         )
         for sign in ("pos", "neg"):

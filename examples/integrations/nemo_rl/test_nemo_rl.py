@@ -7,6 +7,7 @@ import enum
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -34,7 +35,8 @@ def installed(name: str) -> bool:
 
 # NVIDIA-NeMo/RL, nemo_rl/algorithms/loss: ClippedPGLossFn (loss_functions.py at
 # 006907a9570734f3e5d484c08ada84b0b89224c9) has these parameters and reads these fields. The protocol LossFunction
-# (interfaces.py at 002cdc27b8019eafc470f0aab22d4a7206d0de81) is called by keyword, as the tests below do.
+# (interfaces.py at 002cdc27b8019eafc470f0aab22d4a7206d0de81) is called by keyword, as the tests below do. The values
+# are the defaults of ClippedPGLossConfig.
 PARAMETERS = ["self", "next_token_logprobs", "data", "global_valid_seqs", "global_valid_toks"]
 INSTALLED = installed("nemo_rl.algorithms.loss")
 FIELDS: dict[str, Any] = {
@@ -42,12 +44,13 @@ FIELDS: dict[str, Any] = {
     "ratio_clip_min": 0.2,
     "ratio_clip_max": 0.2,
     "ratio_clip_c": None,
-    "reference_policy_kl_penalty": 0.0,
+    "reference_policy_kl_penalty": 0.01,
     "use_importance_sampling_correction": False,
     "force_on_policy_ratio": False,
     "sequence_level_importance_ratios": False,
     "positive_example_nll_weight": 0.0,
     "use_cispo": False,
+    "token_level_loss": True,
 }
 
 # The recipe of the page's command, and the values there or in what it inherits, examples/configs/grpo_math_1B.yaml, of
@@ -56,7 +59,7 @@ RECIPE = "examples/configs/recipes/llm/grpo-qwen2.5-32b-32n8g-fsdp2tp8-actckpt.v
 PUBLISHED: dict[str, Any] = {
     "grpo": {"num_prompts_per_step": 64, "num_generations_per_prompt": 32},
     "policy": {"train_global_batch_size": 512, "megatron_cfg": {"use_fused_linear_logprobs": False}},
-    "loss_fn": {**FIELDS, "reference_policy_kl_penalty": 0.01, "token_level_loss": True},
+    "loss_fn": FIELDS,
 }
 
 
@@ -69,6 +72,11 @@ class MetricNormalizer(enum.Enum):
     TOKENS = "tokens"
     SEQUENCES = "sequences"
     NONE = "none"
+
+
+class ClippedPGLossConfig(SimpleNamespace):
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**{**FIELDS, **given})
 
 
 class ClippedPGLossFn:
@@ -94,7 +102,7 @@ def put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     interfaces: Any = ModuleType("nemo_rl.algorithms.loss.interfaces")
     interfaces.LossType, interfaces.MetricNormalizer = LossType, MetricNormalizer
     functions: Any = ModuleType("nemo_rl.algorithms.loss.loss_functions")
-    functions.ClippedPGLossFn, functions.ClippedPGLossConfig = ClippedPGLossFn, SimpleNamespace
+    functions.ClippedPGLossFn, functions.ClippedPGLossConfig = ClippedPGLossFn, ClippedPGLossConfig
     for module in (interfaces, functions):
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -113,8 +121,9 @@ def blocks(language: str) -> list[str]:
 
 
 def config(**changes: Any) -> Any:
+    """The defaults, but for the KL penalty, whose default is not taken."""
     functions = importlib.import_module("nemo_rl.algorithms.loss.loss_functions")
-    return functions.ClippedPGLossConfig(**{**FIELDS, "token_level_loss": True, **changes})
+    return functions.ClippedPGLossConfig(**{"reference_policy_kl_penalty": 0, **changes})
 
 
 def batch() -> tuple[dict[str, Tensor], Tensor]:
@@ -155,6 +164,8 @@ def test_the_parameters_are_those_of_the_class_that_is_replaced(adapter: Any) ->
     assert list(inspect.signature(adapter.ASPOLossFn.__call__).parameters) == PARAMETERS
     if INSTALLED:
         assert list(inspect.signature(adapter.ClippedPGLossFn.__call__).parameters) == PARAMETERS
+        defaults = importlib.import_module("nemo_rl.algorithms.loss.loss_functions").ClippedPGLossConfig()
+        assert {name: getattr(defaults, name) for name in FIELDS} == FIELDS
     assert set(adapter.REFUSED) <= set(FIELDS)
 
 
@@ -191,12 +202,39 @@ def test_shares_of_micro_batches_add_up_to_aspo(adapter: Any, token_level: bool,
 
 
 @pytest.mark.parametrize(
-    "field", [name for name, value in FIELDS.items() if not name.startswith("ratio_clip") and value in (False, 0.0)]
+    "field", [name for name in FIELDS if not name.startswith("ratio_clip") and name != "token_level_loss"]
 )
 def test_what_is_not_taken_is_named(adapter: Any, field: str) -> None:
-    changes = {field: True if FIELDS[field] is False else 0.01, "token_level_loss": field == "use_cispo"}
-    with pytest.raises(ValueError, match=rf"does not take loss_fn.{field}: leave it out"):
+    """With the value that is taken: the message's own advice makes the loss."""
+    given, advice = (True, "false") if FIELDS[field] is False else (0.02, "0")
+    changes = {field: given, "token_level_loss": field == "use_cispo"}
+    message = f"ASPOLossFn does not take loss_fn.{field}={given}: set loss_fn.{field}={advice} (see its README)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         adapter.ASPOLossFn(config(**changes))
+    adapter.ASPOLossFn(config(**changes | {field: json.loads(advice)}))
+
+
+def test_a_kl_penalty_that_is_left_out_is_not_0(adapter: Any) -> None:
+    functions = importlib.import_module("nemo_rl.algorithms.loss.loss_functions")
+    with pytest.raises(ValueError, match=r"not take loss_fn.reference_policy_kl_penalty=0.01: set loss_fn.\w+=0 \("):
+        adapter.ASPOLossFn(functions.ClippedPGLossConfig())
+    both = r"penalty=0.01: set loss_fn.disable_ppo_ratio=false loss_fn.reference_policy_kl_penalty=0 \("
+    with pytest.raises(ValueError, match=both):
+        adapter.ASPOLossFn(functions.ClippedPGLossConfig(disable_ppo_ratio=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratio_clip_min": 1.2}, "loss_fn.ratio_clip_min=1.2 must lie in [0, 1)"),
+        ({"ratio_clip_max": -0.1}, "loss_fn.ratio_clip_max=-0.1 must be finite and >= 0"),
+        ({"ratio_clip_c": 0.5}, "loss_fn.ratio_clip_c=0.5 must be > 1, or null for 3"),
+    ],
+)
+def test_a_bad_clip_is_nemo_rls_setting(adapter: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        adapter.ASPOLossFn(config(**changes))
+    assert adapter.ASPOLossFn(config(ratio_clip_c=None)).policy_loss.dual_clip == 3
 
 
 def test_clips_are_those_of_the_section(adapter: Any) -> None:
@@ -234,7 +272,7 @@ def test_the_pages_lines_take_the_pages_settings(adapter: Any) -> None:
     assert responses % found.policy.train_global_batch_size == 0
 
     untouched = settings(known.config, [])  # the recipe's own loss has a term that is not taken
-    with pytest.raises(ValueError, match=r"does not take loss_fn.reference_policy_kl_penalty: leave it out"):
+    with pytest.raises(ValueError, match=r"does not take loss_fn.reference_policy_kl_penalty=0.01: set "):
         adapter.ASPOLossFn(config(**untouched.loss_fn))
 
     # With Megatron's fused linear log-probs the trainer must know that the model returns them in place of logits.

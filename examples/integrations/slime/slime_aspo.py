@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
+from megatron_aspo.loss.validation import check_shapes
 
 
 def aspo_loss(
@@ -24,67 +25,76 @@ def aspo_loss(
         sum_of_sample_mean: from per-token values [tokens of the responses] to a number; linear.
     """
     # slime's: they know its layouts of packed and context-parallel streams.
-    from slime.backends.megatron_utils.loss import get_log_probs_and_entropy, get_rollout_top_p_logprob_kwargs
+    import slime.backends.megatron_utils.loss as of_slime
 
-    _refuse(args)
-    _, by_sample = get_log_probs_and_entropy(
+    config = _config(args)
+    _, by_sample = of_slime.get_log_probs_and_entropy(
         logits,
         args=args,
         unconcat_tokens=batch["unconcat_tokens"],
         total_lengths=batch["total_lengths"],
         response_lengths=batch["response_lengths"],
         with_entropy=True,
-        **get_rollout_top_p_logprob_kwargs(args, batch),
+        **of_slime.get_rollout_top_p_logprob_kwargs(args, batch),
     )
     logprobs, entropy = torch.cat(by_sample["log_probs"]), torch.cat(by_sample["entropy"])
-    old = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
-    old_logprobs = torch.cat(old) if old else logprobs.detach()
+    now, rollout = logprobs.detach(), batch.get("rollout_log_probs")
+    if args.use_rollout_logprobs and not rollout:
+        raise ValueError("--use-rollout-logprobs: the rollout gave no rollout_log_probs; return them, or leave it out")
+    old = rollout if args.use_rollout_logprobs else batch.get("log_probs")
+    old_logprobs = torch.cat(old) if old else now
     advantages = torch.cat(batch["advantages"])
+    check_shapes(logprobs.shape, "one for each token of the responses", advantages=advantages)
 
     # The reduction is linear, so it is a weight of each token; and a token's weight may as well be its advantage's.
     with torch.enable_grad():
         zeros = torch.zeros_like(logprobs, requires_grad=True)
         (weights,) = torch.autograd.grad(sum_of_sample_mean(zeros), zeros)
-    config = PolicyLossConfig(
-        objective="aspo",
-        clip_low=args.eps_clip,
-        clip_high=args.eps_clip if args.eps_clip_high is None else args.eps_clip_high,
-        dual_clip=3.0 if args.eps_clip_c is None else args.eps_clip_c,
-    )
     out = policy_loss(logprobs, old_logprobs, advantages * weights, weights != 0, config, allow_empty=True)
     mean_entropy = sum_of_sample_mean(entropy)
     loss = out.loss_sum - args.entropy_coef * mean_entropy
     if not logprobs.numel():  # every rank must go backward through the model
         loss = loss + 0 * logits.sum()
 
-    ratio = (logprobs.detach() - old_logprobs).exp()
-    positive = advantages > 0
+    ratio, positive = (now - old_logprobs).exp(), advantages > 0
     outside = torch.where(positive, ratio > 1 + config.clip_high, ratio < 1 - config.clip_low)
     flipped = torch.where(positive, 1 / ratio, ratio)
     reported = {
         "pg_clipfrac": outside & (advantages != 0),
         "soft_clipfrac": (flipped > config.dual_clip) & (advantages != 0) & ~outside,
-        "ppo_kl": old_logprobs - logprobs.detach(),
+        "ppo_kl": old_logprobs - now,
     }
-    if rollout := batch.get("rollout_log_probs"):
-        against = logprobs.detach() if args.use_rollout_logprobs else old_logprobs
+    if rollout:
+        against = now if args.use_rollout_logprobs else old_logprobs
         reported["train_rollout_logprob_abs_diff"] = (against - torch.cat(rollout)).abs()
-    log = {name: sum_of_sample_mean(values.to(logprobs.dtype)).detach() for name, values in reported.items()}
-    pg_loss, mean_entropy = out.loss_sum.detach(), mean_entropy.detach()
-    return loss, {"loss": loss.detach(), "pg_loss": pg_loss, "entropy_loss": mean_entropy, **log}
+    if args.use_kl_loss:  # of weight 0: for its metric
+        reference, weight = torch.cat(batch["ref_log_probs"]), ratio if args.use_unbiased_kl else None
+        reported["kl_loss"] = of_slime.compute_approx_kl(now, reference, args.kl_loss_type, weight)
+    log = {name: sum_of_sample_mean(values.to(logprobs.dtype)) for name, values in reported.items()}
+    log |= {"loss": loss, "pg_loss": out.loss_sum, "entropy_loss": mean_entropy}
+    return loss, {name: value.detach() for name, value in log.items()}
 
 
-def _refuse(args: Namespace) -> None:
-    """What asks for another objective, or for a term that this loss does not have."""
+def _config(args: Namespace) -> PolicyLossConfig:
+    """ASPO with slime's clips. Refused: what asks for another objective, or for a term that this loss does not have."""
     estimator = args.advantage_estimator
+    terms = "use_tis", "use_opsm", "get_mismatch_metrics", "use_score_centering", "custom_pg_loss_reducer_function_path"
     asked = {
         "--kl-loss-coef": args.use_kl_loss and args.kl_loss_coef != 0,
-        "--use-tis": args.use_tis,
-        "--use-opsm": args.use_opsm,
-        "--get-mismatch-metrics": args.get_mismatch_metrics,
-        "--use-score-centering": getattr(args, "use_score_centering", False),
-        "--custom-pg-loss-reducer-function-path": getattr(args, "custom_pg_loss_reducer_function_path", None),
+        **{f"--{name.replace('_', '-')}": getattr(args, name, None) for name in terms},
+        "--pg-loss-type reinforce": getattr(args, "pg_loss_type", None) == "reinforce",
         f"--advantage-estimator {estimator}": estimator in ("gspo", "cispo"),
     }
     if names := [name for name, value in asked.items() if value]:
         raise ValueError(f"slime_aspo.aspo_loss does not take {', '.join(names)}: leave it out (see its README)")
+    low, high, cap = args.eps_clip, args.eps_clip_high, args.eps_clip_c
+    high, cap = low if high is None else high, 3.0 if cap is None else cap
+    # PolicyLossConfig's own errors would name settings that slime does not have.
+    for rule, holds in {
+        f"--eps-clip {low} must lie in [0, 1)": 0 <= low < 1,
+        f"--eps-clip-high {high} must be finite and >= 0": 0 <= high < torch.inf,
+        f"--eps-clip-c {cap} must be > 1; leave it out for 3": cap > 1,
+    }.items():
+        if not holds:
+            raise ValueError(rule)
+    return PolicyLossConfig(objective="aspo", clip_low=low, clip_high=high, dual_clip=cap)

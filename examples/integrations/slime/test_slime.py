@@ -35,12 +35,13 @@ FLAGS: dict[Any, str] = {
     int: "actor-num-nodes actor-num-gpus-per-node rollout-num-gpus-per-engine num-rollout rollout-batch-size "
     "n-samples-per-prompt rollout-max-response-len max-tokens-per-gpu",
     float: "rollout-temperature eps-clip eps-clip-high eps-clip-c entropy-coef",
-    str: "loss-type custom-loss-function-path advantage-estimator hf-checkpoint ref-load prompt-data input-key "
-    "label-key rm-type",
-    bool: "colocate apply-chat-template balance-data use-dynamic-batch-size recompute-loss-function",
+    str: "loss-type pg-loss-type custom-loss-function-path advantage-estimator hf-checkpoint ref-load prompt-data "
+    "input-key label-key rm-type",
+    bool: "colocate apply-chat-template balance-data use-dynamic-batch-size recompute-loss-function use-kl-loss",
 }
 CHOICES = {
     "loss-type": ["policy_loss", "sft_loss", "custom_loss"],
+    "pg-loss-type": ["ppo", "reinforce"],
     "advantage-estimator": ["grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"],
 }
 PROMPT, RESPONSES, VOCAB = 2, (4, 1, 6), 7
@@ -65,6 +66,14 @@ def get_log_probs_and_entropy(
     return torch.empty(0), found
 
 
+def compute_approx_kl(
+    log_probs: Tensor, log_probs_base: Tensor, kl_loss_type: str, importance_ratio: Tensor | None = None
+) -> Tensor:
+    d = log_probs - log_probs_base
+    kl = {"k1": d, "k2": d.square() / 2, "k3": (-d).exp() - 1 + d}[kl_loss_type]
+    return kl if importance_ratio is None else importance_ratio * kl
+
+
 @pytest.fixture
 def aspo_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Looked up as slime does: the module's path, and the function's name after the last dot."""
@@ -73,6 +82,7 @@ def aspo_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     there: Any = ModuleType("slime.backends.megatron_utils.loss")
     there.get_log_probs_and_entropy = get_log_probs_and_entropy
     there.get_rollout_top_p_logprob_kwargs = lambda args, batch: {}
+    there.compute_approx_kl = compute_approx_kl
     monkeypatch.setitem(sys.modules, there.__name__, there)
     monkeypatch.syspath_prepend(str(FOLDER))
     words = submitted()
@@ -124,9 +134,12 @@ def arguments(**changes: Any) -> Namespace:
         "eps_clip_c": None,
         "entropy_coef": 0.0,
         "rollout_temperature": 0.8,
+        "kl_loss_coef": 0.0,
+        "kl_loss_type": "k1",
+        "pg_loss_type": None,
     }
-    off = ("use_rollout_logprobs", "use_kl_loss", "use_tis", "use_opsm", "get_mismatch_metrics")
-    return Namespace(**{**given, **dict.fromkeys(off, False), "kl_loss_coef": 0.0, **changes})
+    off = ("use_rollout_logprobs", "use_kl_loss", "use_unbiased_kl", "use_tis", "use_opsm", "get_mismatch_metrics")
+    return Namespace(**{**given, **dict.fromkeys(off, False), **changes})
 
 
 def batch() -> tuple[dict[str, Any], Tensor]:
@@ -179,6 +192,9 @@ def test_slimes_call_fits(monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
         assert list(inspect.signature(there.get_rollout_top_p_logprob_kwargs).parameters) == ["args", "batch"]
         passed = inspect.signature(get_log_probs_and_entropy).parameters
         assert set(passed) <= set(inspect.signature(there.get_log_probs_and_entropy).parameters)
+        assert inspect.signature(there.compute_approx_kl).parameters.keys() == (
+            inspect.signature(compute_approx_kl).parameters.keys()
+        )
     aspo_loss = request.getfixturevalue("aspo_loss")
     assert list(inspect.signature(aspo_loss).parameters) == CALLED_WITH
 
@@ -199,6 +215,8 @@ def test_the_pages_command_is_slimes_and_megatrons() -> None:
     )
     assert found.global_batch_size < found.rollout_batch_size * found.n_samples_per_prompt  # several updates
     assert found.rollout_batch_size * found.n_samples_per_prompt % found.global_batch_size == 0
+    # What is refused is a value of slime's.
+    assert parser.parse_args([*job[2:], "--pg-loss-type", "reinforce"]).pg_loss_type == "reinforce"
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) - {"--address", "--runtime-env-json"}
     assert named <= set(parser._option_string_actions)
 
@@ -332,6 +350,7 @@ def current(logits: Tensor, given: dict[str, Any]) -> list[Tensor]:
         ({"get_mismatch_metrics": True}, "--get-mismatch-metrics"),
         ({"use_score_centering": True}, "--use-score-centering"),
         ({"custom_pg_loss_reducer_function_path": "a.b"}, "--custom-pg-loss-reducer-function-path"),
+        ({"pg_loss_type": "reinforce"}, "--pg-loss-type reinforce"),
         ({"advantage_estimator": "gspo"}, "--advantage-estimator gspo"),
     ],
 )
@@ -340,8 +359,48 @@ def test_what_is_not_taken_is_named(aspo_loss: Callable[..., Any], changes: dict
         aspo_loss(arguments(**changes), *batch(), sum)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eps_clip": 1.5}, "--eps-clip 1.5 must lie in [0, 1)"),
+        ({"eps_clip_high": -0.1}, "--eps-clip-high -0.1 must be finite and >= 0"),
+        ({"eps_clip_c": 0.5}, "--eps-clip-c 0.5 must be > 1; leave it out for 3"),
+    ],
+)
+def test_a_bad_clip_is_slimes_setting(aspo_loss: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        aspo_loss(arguments(**changes), *batch(), sum)
+
+
+def test_what_a_batch_lacks_is_said(aspo_loss: Callable[..., Any]) -> None:
+    given, logits = batch()
+    reduce = reduction(given["loss_masks"], True)
+    short = {**given, "advantages": [given["advantages"][0][1:], *given["advantages"][1:]]}
+    message = "advantages has shape [10], expected [11] (one for each token of the responses)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        aspo_loss(arguments(), short, logits, reduce)
+    message = "--use-rollout-logprobs: the rollout gave no rollout_log_probs; return them, or leave it out"
+    for lacking in (given, {**given, "rollout_log_probs": []}):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            aspo_loss(arguments(use_rollout_logprobs=True), lacking, logits, reduce)
+
+
 def test_a_kl_loss_of_weight_0_is_taken(aspo_loss: Callable[..., Any]) -> None:
     """slime's recipes have one, for its metric."""
     given, logits = batch()
-    loss, _ = aspo_loss(arguments(use_kl_loss=True), given, logits, reduction(given["loss_masks"], True))
-    assert loss.requires_grad
+    reduce = reduction(given["loss_masks"], True)
+    now = torch.cat(current(logits, given)).detach()
+    d = torch.linspace(-1, 2, len(now), dtype=torch.float64)
+    given["ref_log_probs"] = list((now - d).split(RESPONSES))
+    plain, without = aspo_loss(arguments(), given, logits, reduce)
+    assert "kl_loss" not in without
+    ratio = (now - torch.cat(given["log_probs"]).detach()).exp()
+    k3 = (-d).exp() - 1 + d
+    for kind, unbiased, expected in (("k1", False, d), ("k3", False, k3), ("k3", True, ratio * k3)):
+        changes = {"use_kl_loss": True, "kl_loss_type": kind, "use_unbiased_kl": unbiased}
+        loss, log = aspo_loss(arguments(**changes), given, logits, reduce)
+        assert log["kl_loss"].item() == pytest.approx(reduce(expected).item())
+        assert abs(log["kl_loss"].item()) > 0.5
+        assert not log["kl_loss"].requires_grad
+        assert loss.item() == plain.item()
+        assert log.keys() - {"kl_loss"} == without.keys()

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 FOLDER = Path(__file__).parent
@@ -154,17 +154,72 @@ def test_at_other_ratios_it_is_aspos(trainer: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"loss_type": "cispo", "entropy_coef": 0.1}, "loss_type=cispo, an entropy bonus"),
-        ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, "importance_sampling_level=sequence"),
-        ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
-        ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold"),
-        ({"beta": 0.1, "use_bias_correction_kl": True}, "use_bias_correction_kl with beta"),
+        (
+            {"loss_type": "cispo", "entropy_coef": 0.1},
+            "loss_type=cispo (use dapo, grpo or dr_grpo), "
+            "an entropy bonus (leave out entropy_coef and use_adaptive_entropy)",
+        ),
+        (
+            {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+            "importance_sampling_level=sequence (use token)",
+        ),
+        ({"top_entropy_quantile": 0.5}, "top_entropy_quantile (leave it out)"),
+        ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold (leave it out)"),
+        ({"beta": 0.1, "use_bias_correction_kl": True}, "beta with use_bias_correction_kl (set it to False)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_not_taken_is_named(trainer: Callable[..., Any], fields: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=f"does not take {named}: leave it out"):
+    with pytest.raises(ValueError, match=f"does not take {re.escape(named)}; see its README"):
         trainer(ASPOTrainer, **fields)
+
+
+def test_a_mixtures_router_loss_has_to_be_turned_off(tmp_path: Path) -> None:
+    """TRL takes the model's own coefficient where none is set."""
+    shape = {
+        "vocab_size": 10,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_local_experts": 2,
+    }
+    config = MixtralConfig(**shape, num_attention_heads=2, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)
+    given: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    given |= {"num_generations": 2, "per_device_train_batch_size": 2}
+    rest = {"reward_funcs": reward, "train_dataset": DATASET, "processing_class": tokenizer()}
+    with pytest.raises(ValueError, match=r"a mixture's router loss \(set router_aux_loss_coef=0.0\); see"):
+        ASPOTrainer(model=MixtralForCausalLM(config), args=GRPOConfig(**given), **rest)
+    ASPOTrainer(model=MixtralForCausalLM(config), args=GRPOConfig(**given, router_aux_loss_coef=0.0), **rest)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("epsilon", 1.5, "must lie in [0, 1)"),
+        ("epsilon_high", -0.5, "must be finite and >= 0"),
+        ("delta", 0.5, "must be > 1"),
+        ("beta", -0.5, "must be finite and >= 0"),
+    ],
+)
+def test_a_bad_clip_is_named_as_trl_names_it(trainer: Callable[..., Any], field: str, value: float, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{field}={value} {rule}')}$"):
+        trainer(ASPOTrainer, **{field: value})
+
+
+def test_a_sign_that_no_token_has_leaves_its_metrics_alone(trainer: Callable[..., Any]) -> None:
+    """As in a group whose rewards are equal: at ratio 1 the log has ratio 1, whatever the groups beside it."""
+    one = trainer(ASPOTrainer)
+    for advantages in ([1.0, 0.5, 2.0, 0.7], [0.0, 0.0, 0.0, 0.0], [1.0, -0.5, -2.0, 0.7]):
+        one._compute_loss(one.model, inputs() | {"advantages": torch.tensor(advantages)})
+    one.log({})
+    logged = one.state.log_history[-1]
+    for name in ("ratio_pos", "ratio_neg", "weight_pos", "weight_neg"):
+        assert logged[f"aspo/{name}"] == pytest.approx(1)
+    dead = trainer(ASPOTrainer)
+    dead._compute_loss(dead.model, inputs() | {"advantages": torch.zeros(ROWS)})
+    dead.log({})
+    assert dead.state.log_history[-1]["aspo/ratio_pos"] is None
+    assert dead.state.log_history[-1]["aspo/nll"] > 1
 
 
 def test_a_batch_that_is_wholly_masked_has_no_gradient(trainer: Callable[..., Any]) -> None:

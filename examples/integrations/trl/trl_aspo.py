@@ -14,6 +14,7 @@ from megatron_aspo.loss import PolicyLossConfig, policy_loss
 # What the forward pass takes besides text: images and their layout, token types.
 EXTRAS = set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
 AGGREGATIONS = {"dapo": "token-mean", "grpo": "seq-mean-token-mean", "dr_grpo": "seq-mean-token-sum-norm"}
+TRLS_NAMES = {"clip_low": "epsilon", "clip_high": "epsilon_high", "dual_clip": "delta", "kl_coef": "beta"}
 
 
 class ASPOTrainer(GRPOTrainer):
@@ -22,27 +23,31 @@ class ASPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         given = self.args
+        level = given.importance_sampling_level
         refused = {
-            f"loss_type={given.loss_type}": given.loss_type not in AGGREGATIONS,
-            f"importance_sampling_level={given.importance_sampling_level}": given.importance_sampling_level != "token",
-            "top_entropy_quantile": given.top_entropy_quantile < 1.0,
-            "off_policy_mask_threshold": given.off_policy_mask_threshold is not None,
-            "use_bias_correction_kl with beta": self.beta != 0.0 and given.use_bias_correction_kl,
-            "an entropy bonus": self._entropy_bonus_enabled,
-            "router_aux_loss_coef": self.aux_loss_enabled,
+            f"loss_type={given.loss_type} (use dapo, grpo or dr_grpo)": given.loss_type not in AGGREGATIONS,
+            f"importance_sampling_level={level} (use token)": level != "token",
+            "top_entropy_quantile (leave it out)": given.top_entropy_quantile < 1.0,
+            "off_policy_mask_threshold (leave it out)": given.off_policy_mask_threshold is not None,
+            "beta with use_bias_correction_kl (set it to False)": self.beta != 0.0 and given.use_bias_correction_kl,
+            "an entropy bonus (leave out entropy_coef and use_adaptive_entropy)": self._entropy_bonus_enabled,
+            "a mixture's router loss (set router_aux_loss_coef=0.0)": self.aux_loss_enabled,
         }
         if wrong := [name for name, refuse in refused.items() if refuse]:
-            raise ValueError(f"ASPOTrainer does not take {', '.join(wrong)}: leave it out (see its README)")
-        norm_length = given.max_completion_length if given.loss_type == "dr_grpo" else None
-        self.policy_loss = PolicyLossConfig(
-            objective="aspo",
-            clip_low=self.epsilon_low,
-            clip_high=self.epsilon_high,
-            dual_clip=3.0 if given.delta is None else given.delta,
-            aggregation=AGGREGATIONS[given.loss_type],  # type: ignore[arg-type]
-            norm_length=norm_length,
-            kl_coef=self.beta,
-        )
+            raise ValueError(f"ASPOTrainer does not take {', '.join(wrong)}; see its README")
+        try:
+            self.policy_loss = PolicyLossConfig(
+                objective="aspo",
+                clip_low=self.epsilon_low,
+                clip_high=self.epsilon_high,
+                dual_clip=3.0 if given.delta is None else given.delta,
+                aggregation=AGGREGATIONS[given.loss_type],  # type: ignore[arg-type]
+                norm_length=given.max_completion_length if given.loss_type == "dr_grpo" else None,
+                kl_coef=self.beta,
+            )
+        except ValueError as error:
+            ours, sign, rest = str(error).partition(" (or null")[0].partition("=")  # without a delta it is 3
+            raise ValueError(f"{TRLS_NAMES.get(ours, ours)}{sign}{rest}") from None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         completion, mask = inputs["completion_ids"], inputs["completion_mask"]
@@ -83,6 +88,6 @@ class ASPOTrainer(GRPOTrainer):
     def _report(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
         pairs = torch.stack([torch.stack(pair).float() for pair in metrics.values()])
         totals = self.accelerator.reduce(pairs, reduction="sum")
-        means = (totals[:, 0] / totals[:, 1].clamp(min=1e-6)).tolist()
+        means = (totals[:, 0] / totals[:, 1]).tolist()  # 0 / 0 where no token is of the sign: TRL's log leaves NaN out
         for name, mean in zip(metrics, means, strict=True):
             self._metrics["train" if self.model.training else "eval"][f"aspo/{name}"].append(mean)

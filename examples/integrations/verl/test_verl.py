@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -19,6 +20,7 @@ from verl.trainer.ppo import core_algos
 from verl.utils import tensordict_utils
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.import_utils import import_external_libs
+from verl.utils.metric import Metric
 from verl.workers.config import ActorConfig, FSDPActorConfig, McoreActorConfig
 from verl.workers.config.actor import PolicyLossConfig as VerlPolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
@@ -73,8 +75,11 @@ def test_verls_registry_gives_the_authors_numbers(case: dict[str, Any], name: st
     expected = torch.tensor(expect["dloss_dlogprobs"], dtype=torch.float64)
     assert loss.item() == pytest.approx(expect["loss"], rel=1e-8)
     torch.testing.assert_close(logprobs.grad, expected, rtol=1e-8, atol=1e-10)
-    soft = metrics["actor/soft_clip_fraction_neg"], metrics["actor/soft_clip_fraction_pos"]
-    assert soft == pytest.approx(expect["aux"][2:])
+    # The authors' shares are of the sign's tokens, verl's of all.
+    mask, advantages = torch.tensor(case["mask"]).bool(), torch.tensor(case["advantages"])
+    signs = [float((mask & has).sum() / mask.sum()) for has in (advantages < 0, advantages > 0)]
+    soft = [metrics["actor/soft_clip_fraction_neg"], metrics["actor/soft_clip_fraction_pos"]]
+    assert soft == pytest.approx([share * of for share, of in zip(expect["aux"][2:], signs, strict=True)])
 
 
 # --- verl's own step from model output to loss ---
@@ -169,6 +174,56 @@ def test_without_ranges_of_its_own_it_is_clip_ratio() -> None:
     object.__setattr__(given, "clip_ratio_high", None)
     *_, expected = share(rows, actor(clip_ratio_low=0.3, clip_ratio_high=0.3), of_all)
     torch.testing.assert_close(share(rows, given, of_all)[2], expected)
+
+
+def logged(rows: dict[str, Tensor], parts: list[slice]) -> dict[str, float]:
+    """Metrics of micro-batches as verl's workers reduce them."""
+    of_all = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None}
+    found: dict[str, Metric] = {}
+    for part in parts:
+        _, metrics, _ = share({name: value[part] for name, value in rows.items()}, actor(), of_all)
+        for name, metric in metrics.items():
+            found.setdefault(name, metric.init_list()).extend(metric)
+    return {name: Metric.aggregate_dp([metric]) for name, metric in found.items()}
+
+
+def test_metrics_of_micro_batches_of_one_response() -> None:
+    """Each has one sign of advantage alone. At ratio 1 the log has 1, and later it tells up from down."""
+    rows = batch()
+    del rows["rollout_is_weights"]
+    rows["response_mask"] = torch.ones_like(rows["response_mask"])
+    rows["attention_mask"] = torch.ones_like(rows["attention_mask"])
+    rows["advantages"] = torch.tensor([1.0, -1, -1, 1, -1, -1])[:, None].expand(-1, LENGTH).double()
+    alone, whole = [slice(i, i + 1) for i in range(RESPONSES)], [slice(0, RESPONSES)]
+    at_one = logged(rows | {"log_probs": rows["old_log_probs"]}, alone)
+    for name in ("ratio_pos", "ratio_neg", "weight_pos", "weight_neg"):
+        assert at_one[f"actor/{name}"] == pytest.approx(1)
+    moved = torch.where(rows["advantages"] > 0, 0.1, -0.1)
+    after = logged(rows | {"log_probs": rows["old_log_probs"] + moved}, alone)
+    up, down = math.exp(0.1), math.exp(-0.1)
+    expected = {"ratio_pos": (4 + 2 * up) / 6, "weight_pos": (4 + 2 / up) / 6}
+    expected |= {"ratio_neg": (2 + 4 * down) / 6, "weight_neg": (2 + 4 * down) / 6, "clip_fraction_pos": 0}
+    assert {name: after[f"actor/{name}"] for name in expected} == pytest.approx(expected, rel=1e-6)
+    # However the batch is cut, the log is the same.
+    for drawn in (rows, rows | {"log_probs": rows["old_log_probs"] + moved}):
+        cut, uncut = logged(drawn, alone), logged(drawn, whole)
+        for name in {name for name in cut if name.startswith("actor/")} - {"actor/pg_loss"}:
+            assert cut[name] == pytest.approx(uncut[name], rel=1e-6), name
+    assert 0.05 < logged(rows, alone)["actor/clip_fraction_neg"] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("clip_ratio_low", 1.5, "must lie in [0, 1)"),
+        ("clip_ratio_high", -0.5, "must be finite and >= 0"),
+        ("clip_ratio_c", 0.5, "must be > 1 (or null to turn it off)"),
+    ],
+)
+def test_a_bad_clip_is_named_as_verl_names_it(field: str, value: float, rule: str) -> None:
+    of_all = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None}
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{field}={value} {rule}')}$"):
+        share(batch(), actor(**{field: value}), of_all)
 
 
 def test_the_page_names_the_metrics_that_come() -> None:

@@ -10,6 +10,8 @@ from verl.trainer.ppo.core_algos import register_policy_loss
 
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
 
+VERLS_NAMES = {"clip_low": "clip_ratio_low", "clip_high": "clip_ratio_high", "dual_clip": "clip_ratio_c"}
+
 
 @register_policy_loss("aspo")
 def aspo(
@@ -29,14 +31,18 @@ def aspo(
     batch = config.global_batch_info
     summed = loss_agg_mode == "token-sum"
     norm = loss_agg_mode == "seq-mean-token-sum-norm"
-    loss = PolicyLossConfig(
-        objective="aspo",
-        clip_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
-        clip_high=config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
-        dual_clip=config.clip_ratio_c,
-        aggregation="token-mean" if summed else loss_agg_mode,
-        norm_length=(batch.get("loss_scale_factor") or response_mask.shape[-1]) if norm else None,
-    )
+    try:
+        loss = PolicyLossConfig(
+            objective="aspo",
+            clip_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
+            clip_high=config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
+            dual_clip=config.clip_ratio_c,
+            aggregation="token-mean" if summed else loss_agg_mode,
+            norm_length=(batch.get("loss_scale_factor") or response_mask.shape[-1]) if norm else None,
+        )
+    except ValueError as error:
+        ours, sign, rest = str(error).partition("=")
+        raise ValueError(f"{VERLS_NAMES.get(ours, ours)}{sign}{rest}") from None
     if rollout_is_weights is not None:  # a positive factor of a token's gradient is one of its advantage
         advantages = advantages * rollout_is_weights
     out = policy_loss(log_prob, old_log_prob, advantages, response_mask, loss, allow_empty=True)
@@ -50,6 +56,10 @@ def aspo(
 
 
 def _means(metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """In one transfer from the GPU; a mean over no token is 0, since verl averages over micro-batches."""
-    means = torch.stack([(total / count.clamp(min=1e-6)).double() for total, count in metrics.values()]).tolist()
-    return {f"actor/{name}": value for name, value in zip(metrics, means, strict=True)}
+    """Means over all tokens of the micro-batch: verl averages over micro-batches, of which many have tokens of one sign
+    alone. To a metric of one sign the other tokens give 0, to a ratio or weight 1. In one transfer from the GPU."""
+    tokens = metrics["nll"][1].clamp(min=1e-6)
+    neutral = {name: tokens - pair[1] for name, pair in metrics.items() if name.startswith(("ratio_", "weight_"))}
+    totals = [(total + neutral.get(name, 0)).double() for name, (total, _) in metrics.items()]
+    means = (torch.stack(totals) / tokens).tolist()
+    return {f"actor/{name}": mean for name, mean in zip(metrics, means, strict=True)}
