@@ -58,7 +58,7 @@ def _join(processes: list[subprocess.Popen[bytes]], hint: str) -> int:
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
         if failed:
             killed = [(rank, code) for rank, code in failed if code < 0]
-            # At the first look: other ranks may have ended of it by now. A later signal is itself of an earlier failure.
+            # At the first look: others may have ended of it by now. A later signal follows from an earlier failure.
             if killed and grace is None:
                 rank, code = killed[0]
                 name = signal.Signals(-code).name
