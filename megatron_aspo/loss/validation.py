@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_aspo.config import PolicyLossConfig
+
+
+@contextlib.contextmanager
+def named_as(names: Mapping[str, str]) -> Generator[None]:
+    """Around the making of a PolicyLossConfig from another framework's settings: an error names the setting there (our
+    name -> theirs). Its remedy in brackets goes, since theirs may have another default."""
+    try:
+        yield
+    except ValueError as error:
+        ours, sign, rest = str(error).partition(" (")[0].partition("=")
+        raise ValueError(f"{names.get(ours, ours)}{sign}{rest}") from None
 
 
 def check_positive(**values: Any) -> None:

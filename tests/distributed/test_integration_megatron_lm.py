@@ -498,6 +498,16 @@ def test_the_flags_are_read() -> None:
     assert adapter().rl_config(ARGS) == LOSS
 
 
+@pytest.mark.parametrize(
+    "flag", ["grpo_clamp_eps_lower", "grpo_clamp_eps_upper", "grpo_kl_beta", "grpo_entropy_term_weight"]
+)
+def test_a_bad_flag_is_named_as_it_is_given(flag: str) -> None:
+    rule = "must lie in [0, 1)" if flag.endswith("lower") else "must be finite and >= 0"
+    message = f"--{flag.replace('_', '-')}=-0.5 {rule}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        adapter().rl_config(SimpleNamespace(**vars(ARGS) | {flag: -0.5}))
+
+
 def loop(weights: bool, arguments: list[str]) -> list[dict[str, float]]:
     sys.path.insert(0, str(ADAPTER.parent))
     module: Any = importlib.import_module("train_loop")

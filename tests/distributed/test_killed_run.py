@@ -124,10 +124,8 @@ def test_a_stopped_and_killed_run_resumes_to_the_bit(tmp_path: Path, start: Star
     wait_for_step(killed, tmp_path / "killed", step + 1)
     killed.send_signal(signal.SIGKILL)  # the launcher alone: its ranks must not outlive it
     killed.wait()
-    deadline = time.monotonic() + 30
-    while alive(killed.pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    time.sleep(1)
+    assert alive(killed.pid) == []
     assert steps_done(tmp_path / "killed") < STEPS
 
     assert "changed" not in (tmp_path / "killed.out").read_text()

@@ -108,7 +108,7 @@ def check_updates(updates: list[dict[Any, Any]], reference: dict[Any, Any]) -> N
         assert gradients.keys() == expected_gradients.keys(), where
         for name, expected in expected_gradients.items():
             error = float((gradients[name] - expected).abs().max() / expected.abs().max())
-            assert error < 3e-5, f"{where}: {name} is off by {error:.1e} of its largest gradient"
+            assert error < 1e-5, f"{where}: {name} is off by {error:.1e} of its largest gradient"
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5), where
 

@@ -437,9 +437,9 @@ def rate(verifier: CodeVerifier, problem: CodeProblem, program: str, verdicts: i
 
 
 def best(measure: Callable[[], float], enough: float) -> float:
-    """The best of six; the wall clock says nothing on a machine that is busy with other things."""
+    """The best of three; the wall clock says nothing on a machine that is busy with other things."""
     values: list[float] = []
-    while len(values) < 6 and max(values, default=0.0) < enough:
+    while len(values) < 3 and max(values, default=0.0) < enough:
         values.append(measure())
     load = os.getloadavg()[0] / len(os.sched_getaffinity(0))
     if max(values) < enough and load > 3:

@@ -175,7 +175,7 @@ def test_models_of_hugging_face(name: str, tmp_path: Path) -> None:
     fresh, stale, refitted = run(1, logprobs_before_and_after, config, 131)[0]
     for found in (fresh, refitted):
         assert found["logprob_diff"] < 1e-5
-        assert found["logprob_diff_max"] < 2e-4  # of logits that are far from 0
+        assert found["logprob_diff_max"] < 1e-4  # of logits that are far from 0
     assert stale["logprob_diff"] > 0.1
 
 
@@ -194,8 +194,7 @@ def refit_often(config: RunConfig, cycles: int) -> list[int]:
             engine.generate(make_prompts(8), 2, 1.0)
             gc.collect()
             trim(0)
-            memory = psutil.Process().memory_info()
-            sizes.append(memory.rss - memory.shared)  # pages of files come and go
+            sizes.append(psutil.Process().memory_info().rss)
     return sizes
 
 

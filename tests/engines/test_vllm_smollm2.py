@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -149,14 +150,18 @@ def cost_of_a_refit(config: RunConfig) -> dict[str, float]:
             middle = time.process_time()
             target.copy_(source)
             copies.append((middle - start) / (time.process_time() - middle))
-        return {"size": size, "export": export.bytes / size, "refit": refit.bytes / size, "copies": min(copies)}
+        return {
+            "size": size,
+            "export": export.bytes / size,
+            "refit": refit.bytes / size,
+            "copies": statistics.median(copies),
+        }
 
 
 def test_what_a_refit_costs() -> None:
     """Ours, the export, writes the matrices anew that it takes apart (queries, keys and values), an eighth of this
     model; all others are the parameters' own memory. The rest is vLLM's, which writes each weight once and the tied
-    embedding twice. Only time tells that oneDNN then packs every matrix on a CPU: as long as 10 copies take, or 14 on a
-    busy machine."""
+    embedding twice. Only time tells that oneDNN then packs every matrix on a CPU, as long as ten copies take."""
     config = run_config(
         model=ModelConfig(hf_path=str(SMOLLM2), dtype="bfloat16", max_sequence_length=128),
         rollout=RolloutConfig(engine="vllm", max_response_tokens=24, batch_size=16, kv_cache_gb=0.1),
@@ -166,4 +171,4 @@ def test_what_a_refit_costs() -> None:
     assert found["size"] > 250e6
     assert 0.12 < found["export"] < 0.125, found
     assert 1 < found["refit"] - found["export"] < 1.3, found
-    assert found["copies"] < 40, found
+    assert found["copies"] < 16, found

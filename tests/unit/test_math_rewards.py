@@ -297,8 +297,8 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_wrong_answer(monkeypatch: 
 
 
 def test_throughput() -> None:
-    """The bar; EXPERIMENTS.md has 500. CPU time, but other load costs caches: 250 beside many processes."""
-    assert any(measure(seed=1, prompts=4)["mixed"] > 200 for _ in range(6))
+    """The bar; EXPERIMENTS.md has 500. CPU time, but other load costs caches."""
+    assert measure(seed=1, prompts=4)["mixed"] > 200
 
 
 def test_a_worker_without_memory_is_an_error_not_a_wrong_answer() -> None:

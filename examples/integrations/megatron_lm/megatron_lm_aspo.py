@@ -12,7 +12,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_aspo.loss import LossOutput, PolicyLossConfig, megatron_loss_func, megatron_loss_head, megatron_loss_tuple
-from megatron_aspo.loss.validation import check_arguments, check_shapes
+from megatron_aspo.loss.validation import check_arguments, check_shapes, named_as
 
 
 def forward_step(data_iterator: Iterator[dict[str, Any]], model: Any, config: PolicyLossConfig, **options: Any) -> Any:
@@ -64,16 +64,16 @@ def loss_func(output: Any, **arguments: Any) -> tuple[Tensor, Tensor, dict[str, 
 
 def rl_config(args: Any) -> PolicyLossConfig:
     """What `train_rl.py`'s flags ask for; the entropy term is the exact entropy's."""
-    return PolicyLossConfig(
-        objective="aspo",
-        clip_low=args.grpo_clamp_eps_lower,
-        clip_high=args.grpo_clamp_eps_upper,
-        kl_coef=args.grpo_kl_beta,
-        entropy_coef=args.grpo_entropy_term_weight,
-        rollout_correction="truncate" if args.rl_inference_logprobs_is_correction else "none",
-        rollout_ratio_low=0.0,
-        rollout_ratio_high=args.rl_importance_sampling_truncation_coef or 1e9,  # no ratio exceeds e^20
-    )
+    flags = {"clip_low": "grpo_clamp_eps_lower", "clip_high": "grpo_clamp_eps_upper"}
+    flags |= {"kl_coef": "grpo_kl_beta", "entropy_coef": "grpo_entropy_term_weight"}
+    with named_as({ours: f"--{flag.replace('_', '-')}" for ours, flag in flags.items()}):
+        return PolicyLossConfig(
+            objective="aspo",
+            rollout_correction="truncate" if args.rl_inference_logprobs_is_correction else "none",
+            rollout_ratio_low=0.0,
+            rollout_ratio_high=args.rl_importance_sampling_truncation_coef or 1e9,  # no ratio exceeds e^20
+            **{ours: getattr(args, flag) for ours, flag in flags.items()},
+        )
 
 
 def rl_batch(

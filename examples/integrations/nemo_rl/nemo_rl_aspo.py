@@ -10,6 +10,7 @@ from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn
 from torch import Tensor
 
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
+from megatron_aspo.loss.validation import named_as
 
 # Fields of the configuration that ask for another objective or for a term that ASPO's loss does not make, and the value
 # that asks for none. It must be said: a recipe may have another, and the KL penalty is 0.01 by default.
@@ -22,6 +23,7 @@ REFUSED = {
     "positive_example_nll_weight": "0",
     "reference_policy_kl_penalty": "0",
 }
+NEMO_RLS_NAMES = {"clip_low": "ratio_clip_min", "clip_high": "ratio_clip_max", "dual_clip": "ratio_clip_c"}
 
 
 class ASPOLossFn(ClippedPGLossFn):
@@ -37,22 +39,14 @@ class ASPOLossFn(ClippedPGLossFn):
             given = ", ".join(f"loss_fn.{name}={getattr(self, name)}" for name in wrong)
             fix = " ".join(f"loss_fn.{name}={REFUSED[name]}" for name in wrong)
             raise ValueError(f"ASPOLossFn does not take {given}: set {fix} (see its README)")
-        low, high, cap = self.ratio_clip_min, self.ratio_clip_max, self.ratio_clip_c
-        # PolicyLossConfig's own errors would name settings that NeMo-RL does not have.
-        for rule, holds in {
-            f"loss_fn.ratio_clip_min={low} must lie in [0, 1)": 0 <= low < 1,
-            f"loss_fn.ratio_clip_max={high} must be finite and >= 0": 0 <= high < torch.inf,
-            f"loss_fn.ratio_clip_c={cap} must be > 1, or null for 3": cap is None or cap > 1,
-        }.items():
-            if not holds:
-                raise ValueError(rule)
-        self.policy_loss = PolicyLossConfig(
-            objective="aspo",
-            clip_low=low,
-            clip_high=high,
-            dual_clip=3.0 if cap is None else cap,
-            aggregation="token-mean" if self.loss_type == LossType.TOKEN_LEVEL else "seq-mean-token-mean",
-        )
+        with named_as({ours: f"loss_fn.{theirs}" for ours, theirs in NEMO_RLS_NAMES.items()}):
+            self.policy_loss = PolicyLossConfig(
+                objective="aspo",
+                clip_low=self.ratio_clip_min,
+                clip_high=self.ratio_clip_max,
+                dual_clip=3.0 if self.ratio_clip_c is None else self.ratio_clip_c,
+                aggregation="token-mean" if self.loss_type == LossType.TOKEN_LEVEL else "seq-mean-token-mean",
+            )
         for sign in ("pos", "neg"):
             self.metric_normalizations[f"clip_fraction_{sign}"] = MetricNormalizer.TOKENS
             self.metric_normalizations[f"soft_clip_fraction_{sign}"] = MetricNormalizer.TOKENS

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
-from megatron_aspo.loss.validation import check_shapes
+from megatron_aspo.loss.validation import check_shapes, named_as
+
+SLIMES_NAMES = {"clip_low": "--eps-clip", "clip_high": "--eps-clip-high", "dual_clip": "--eps-clip-c"}
 
 
 def aspo_loss(
@@ -87,14 +89,10 @@ def _config(args: Namespace) -> PolicyLossConfig:
     }
     if names := [name for name, value in asked.items() if value]:
         raise ValueError(f"slime_aspo.aspo_loss does not take {', '.join(names)}: leave it out (see its README)")
-    low, high, cap = args.eps_clip, args.eps_clip_high, args.eps_clip_c
-    high, cap = low if high is None else high, 3.0 if cap is None else cap
-    # PolicyLossConfig's own errors would name settings that slime does not have.
-    for rule, holds in {
-        f"--eps-clip {low} must lie in [0, 1)": 0 <= low < 1,
-        f"--eps-clip-high {high} must be finite and >= 0": 0 <= high < torch.inf,
-        f"--eps-clip-c {cap} must be > 1; leave it out for 3": cap > 1,
-    }.items():
-        if not holds:
-            raise ValueError(rule)
-    return PolicyLossConfig(objective="aspo", clip_low=low, clip_high=high, dual_clip=cap)
+    with named_as(SLIMES_NAMES):
+        return PolicyLossConfig(
+            objective="aspo",
+            clip_low=args.eps_clip,
+            clip_high=args.eps_clip if args.eps_clip_high is None else args.eps_clip_high,
+            dual_clip=3.0 if args.eps_clip_c is None else args.eps_clip_c,
+        )

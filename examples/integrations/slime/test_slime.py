@@ -362,9 +362,9 @@ def test_what_is_not_taken_is_named(aspo_loss: Callable[..., Any], changes: dict
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eps_clip": 1.5}, "--eps-clip 1.5 must lie in [0, 1)"),
-        ({"eps_clip_high": -0.1}, "--eps-clip-high -0.1 must be finite and >= 0"),
-        ({"eps_clip_c": 0.5}, "--eps-clip-c 0.5 must be > 1; leave it out for 3"),
+        ({"eps_clip": 1.5}, "--eps-clip=1.5 must lie in [0, 1)"),
+        ({"eps_clip_high": -0.1}, "--eps-clip-high=-0.1 must be finite and >= 0"),
+        ({"eps_clip_c": 0.5}, "--eps-clip-c=0.5 must be > 1"),
     ],
 )
 def test_a_bad_clip_is_slimes_setting(aspo_loss: Callable[..., Any], changes: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
+from megatron_aspo.loss.validation import named_as
 
 # What the forward pass takes besides text: images and their layout, token types.
 EXTRAS = set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
@@ -35,7 +36,7 @@ class ASPOTrainer(GRPOTrainer):
         }
         if wrong := [name for name, refuse in refused.items() if refuse]:
             raise ValueError(f"ASPOTrainer does not take {', '.join(wrong)}; see its README")
-        try:
+        with named_as(TRLS_NAMES):
             self.policy_loss = PolicyLossConfig(
                 objective="aspo",
                 clip_low=self.epsilon_low,
@@ -45,9 +46,6 @@ class ASPOTrainer(GRPOTrainer):
                 norm_length=given.max_completion_length if given.loss_type == "dr_grpo" else None,
                 kl_coef=self.beta,
             )
-        except ValueError as error:
-            ours, sign, rest = str(error).partition(" (or null")[0].partition("=")  # without a delta it is 3
-            raise ValueError(f"{TRLS_NAMES.get(ours, ours)}{sign}{rest}") from None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         completion, mask = inputs["completion_ids"], inputs["completion_mask"]

@@ -9,6 +9,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_policy_loss
 
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
+from megatron_aspo.loss.validation import named_as
 
 VERLS_NAMES = {"clip_low": "clip_ratio_low", "clip_high": "clip_ratio_high", "dual_clip": "clip_ratio_c"}
 
@@ -31,7 +32,7 @@ def aspo(
     batch = config.global_batch_info
     summed = loss_agg_mode == "token-sum"
     norm = loss_agg_mode == "seq-mean-token-sum-norm"
-    try:
+    with named_as(VERLS_NAMES):
         loss = PolicyLossConfig(
             objective="aspo",
             clip_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
@@ -40,9 +41,6 @@ def aspo(
             aggregation="token-mean" if summed else loss_agg_mode,
             norm_length=(batch.get("loss_scale_factor") or response_mask.shape[-1]) if norm else None,
         )
-    except ValueError as error:
-        ours, sign, rest = str(error).partition("=")
-        raise ValueError(f"{VERLS_NAMES.get(ours, ours)}{sign}{rest}") from None
     if rollout_is_weights is not None:  # a positive factor of a token's gradient is one of its advantage
         advantages = advantages * rollout_is_weights
     out = policy_loss(log_prob, old_log_prob, advantages, response_mask, loss, allow_empty=True)
