@@ -1,6 +1,7 @@
 """Mistakes on the command line and in files: one line that names the cause and a fix, exit code 2, no traceback."""
 
 import argparse
+import importlib
 import re
 import subprocess
 import sys
@@ -354,6 +355,23 @@ def test_a_run_that_cannot_go_on(
     monkeypatch.setenv("RANK", "3")
     assert cli.exit_code(run, hint) == 1
     assert capsys.readouterr().err == f"megatron-aspo: rank 3: vLLM failed: a reason{end}\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "stage", "hint"),
+    [("megatron_aspo.train", "run", "train"), ("megatron_aspo.evaluation.__main__", "run_held_out", "eval")],
+)
+def test_a_rank_says_how_its_command_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: str, stage: str, hint: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RunError("the disk is gone")
+
+    command = importlib.import_module(module)
+    monkeypatch.setattr(command, stage, fail)
+    monkeypatch.setattr(command, "find_weights", lambda *_: None, raising=False)  # of an evaluation
+    assert command.main(["run.yaml"]) == 1
+    assert capsys.readouterr().err.endswith(f"megatron-aspo: the disk is gone; {cli.HINTS[hint]}\n")
 
 
 def test_good_arguments_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
