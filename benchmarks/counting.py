@@ -1,4 +1,4 @@
-"""Exact counts of memory and communication, the same on any machine."""
+"""Exact, machine-independent counts of memory and communication."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class Count(TorchDispatchMode):
-    """Bytes of the storages made under the mode and alive at once, and the collectives that were called.
+    """Counts bytes of live storages that were allocated under the mode, and records collectives.
 
     Attributes:
-        live, peak: bytes.
-        collectives: (name, bytes that this rank puts in) in order.
+        live: bytes allocated now.
+        peak: largest value of `live`.
+        collectives: (name, input bytes of this rank) in call order.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class Count(TorchDispatchMode):
         inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         if func.namespace == "c10d":
             name = func.__name__.split(".")[0].strip("_")
-            # Gathers and scatters name their output first.
+            # The first argument of gathers and scatters is the output.
             given = args[1] if "gather" in name or "scatter" in name else args[0]
             self.collectives.append((name, sum(t.nbytes for t in _tensors(given))))
         out = func(*args, **(kwargs or {}))

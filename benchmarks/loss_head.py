@@ -1,12 +1,12 @@
-"""The loss head, four ways: seconds as ratios to the GEMMs that all of them need, exact bytes and collectives.
+"""Compare four implementations of the loss head: time relative to the GEMMs that all need, bytes, collectives.
 
     python benchmarks/loss_head.py                                  # the table of docs/performance.md
     python benchmarks/loss_head.py --tp 2 --tokens 1024 --hidden 1024 --vocab 32768 --repeats 3
 
-A case is (tokens T, hidden H, vocabulary V, tensor-parallel ranks tp), every rank a process with one thread. All
-ways get the same hidden states [T, H] and weight [V/tp, H] in bfloat16 and make the loss and both gradients; the
-weight's gradient ends in a float32 buffer, as Megatron's `main_grad`. They take turns, so that what else the
-machine does hits all of them; the figure is the median over turns of the ratio to the floor in the same turn.
+A case is (tokens T, hidden size H, vocabulary V, tensor-parallel ranks tp). Every rank is a process with one thread.
+All implementations get the same hidden states [T, H] and weight [V/tp, H] in bfloat16 and compute the loss and both
+gradients; the weight's gradient is added to a float32 buffer, like Megatron's `main_grad`. They run in turn, so that
+other load affects all of them. The reported time is the median, over turns, of the ratio to the floor of the same turn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_aspo.loss import PolicyLossConfig, fused_linear_policy_loss, policy_loss, vocab_parallel_logprobs
-from megatron_aspo.loss.fused_linear import CHUNK_SIZE, add_product
+from megatron_aspo.loss.fused_gradients import add_product
+from megatron_aspo.loss.fused_linear import CHUNK_SIZE
 
 CASES = [  # T, H, V, tp
     (2048, 2048, 38016, 1),
@@ -47,7 +48,7 @@ FLOOR = "floor: the three GEMMs"
 
 
 class Head:
-    """The inputs of one rank, and each way from them to loss and gradients."""
+    """Inputs of one rank, and each implementation of loss and gradients as a method."""
 
     def __init__(self, tokens: int, hidden: int, vocab: int, group: dist.ProcessGroup) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -66,7 +67,7 @@ class Head:
         self.config = PolicyLossConfig()
 
     def floor(self) -> None:
-        """The three GEMMs of every chunk, and the reduction of the hidden states' gradient."""
+        """Run the three GEMMs of every chunk and the all-reduce of the hidden states' gradient."""
         grad_hidden = torch.empty_like(self.hidden)
         logits = torch.empty(CHUNK, self.weight.shape[0], dtype=torch.bfloat16)
         with torch.no_grad():
@@ -91,7 +92,7 @@ class Head:
             chunk_size=CHUNK,
         )
         out.loss_sum.backward()
-        self.weight.grad = None  # a stand-in: the gradient is in main_grad
+        self.weight.grad = None  # a placeholder: the gradient is in main_grad
 
     def logits_path(self) -> None:
         logprobs, entropy = vocab_parallel_logprobs(self._logits(), self.targets, self.group)
@@ -99,7 +100,7 @@ class Head:
         self._to_main_grad()
 
     def megatron_cross_entropy(self) -> None:
-        """No entropy; takes float32 logits and overwrites them."""
+        """Run Megatron-Core's cross entropy, which overwrites float32 logits and has no entropy."""
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
         logits = self._logits()[:, None].float()
@@ -130,7 +131,7 @@ class Head:
 
 
 class _ColumnParallel(torch.autograd.Function):
-    """hidden @ weight.T with the sum over ranks of the hidden states' gradient, as Megatron's output layer."""
+    """hidden @ weight.T; backward all-reduces the gradient of the hidden states, as Megatron's output layer does."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -202,7 +203,7 @@ def measure(rank: int, case: Sequence[int], port: int, repeats: int, folder: str
 
 
 def _summary(collectives: list[tuple[str, int]]) -> dict[str, list[int]]:
-    """name -> [calls, bytes]"""
+    """Return [calls, bytes] by name."""
     found: dict[str, list[int]] = {}
     for name, size in collectives:
         calls, total = found.get(name, (0, 0))

@@ -1,7 +1,7 @@
-"""Verdicts a second of one worker process, on answers as models write them: `python benchmarks/math_rewards.py`.
+"""Measure the verdicts per second of one worker process on typical answers: `python benchmarks/math_rewards.py`.
 
-Prompts have a group of responses each, as in training; two in three are right. CPU time, so that other load does not
-count.
+Each prompt has a group of responses, as in training, of which two thirds are right. Rates are per second of CPU time,
+independent of other load.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import time
 
 import psutil
 
-from megatron_aspo.rewards.math import MathRewardConfig, MathVerifier
+from megatron_aspo.rewards.mathematics.verifier import MathRewardConfig, MathVerifier
 
 GROUP = 16
 
 
 def problems(seed: int, prompts: int) -> dict[str, list[tuple[str, str]]]:
-    """Kind of answer -> (response, right answer), GROUP responses for each of the prompts."""
+    """Return (response, right answer) pairs by kind of answer, GROUP responses per prompt."""
     rng = random.Random(seed)
     found: dict[str, list[tuple[str, str]]] = {"integers": [], "fractions": [], "short LaTeX": []}
     for _ in range(prompts):
@@ -40,13 +40,13 @@ def problems(seed: int, prompts: int) -> dict[str, list[tuple[str, str]]]:
 
 
 def cpu_seconds(verifier: MathVerifier) -> float:
-    """Of the workers and of this process."""
-    times = [psutil.Process(worker._process.pid).cpu_times() for worker in verifier._workers]
+    """Return the CPU time of the workers and this process."""
+    times = [psutil.Process(process.pid).cpu_times() for process in verifier._processes]
     return sum(t.user + t.system for t in times) + time.process_time()
 
 
 def measure(seed: int, prompts: int) -> dict[str, float]:
-    """Kind of answer -> verdicts a second of CPU time; "mixed" is all kinds together."""
+    """Return verdicts per second of CPU time by kind of answer; "mixed" is all kinds."""
     rates = {}
     kinds = problems(seed, prompts)
     kinds["mixed"] = [pair for kind in problems(seed + 1, prompts).values() for pair in kind]

@@ -1,4 +1,4 @@
-"""Sphinx's settings. `make docs` builds from the repository's root, so that links between files hold here and there."""
+"""Settings of Sphinx. `make docs` builds from the repository's root, so links work both here and in the site."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-os.environ["COLUMNS"] = "90"  # of the commands' help
+os.environ["COLUMNS"] = "90"  # width of the commands' help
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import megatron_aspo  # noqa: E402
@@ -18,7 +18,7 @@ author = "the megatron_aspo authors"
 project_copyright = author
 
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/*.md", "docs/reference/*.rst", "examples/**/*.md"]
+include_patterns = ["*.md", "docs/*.md", "docs/lab/*.md", "docs/reference/*.rst", "examples/**/*.md"]
 exclude_patterns = [".*", "**/.pytest_cache", "build", "dist", "models", "report", "runs"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_ext"]
@@ -34,7 +34,7 @@ maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 napoleon_use_param = False
 napoleon_use_rtype = False
-napoleon_custom_sections = [("Attributes", "params_style")]  # takes several names in a line
+napoleon_custom_sections = [("Attributes", "params_style")]  # allows several names per line
 default_role = "code"
 
 html_math_renderer = "mathml"

@@ -1,11 +1,13 @@
-"""Draws docs/loss_weights.png: the weight w of every objective against the importance ratio, for both signs of A.
+"""Draw docs/loss_weights.png: the weight w of every objective against the importance ratio, for both signs of A.
 
-Run it as `.venv/bin/python docs/make_loss_picture.py [output.png]`. Every curve comes from the package's own
-weight functions, so the picture shows what the code does.
+    .venv/bin/python docs/make_loss_picture.py [output.png]
+
+Curves are computed by the package's weight functions.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,26 +21,27 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from megatron_aspo.config import PolicyLossConfig
-from megatron_aspo.loss.custom import token_terms
-from megatron_aspo.loss.objectives import TokenInputs
+from megatron_aspo.config.loss import PolicyLossConfig
+from megatron_aspo.loss.objectives import TokenInputs, find_objective
 
 OUTPUT = Path(__file__).with_name("loss_weights.png")
-SIZE_INCHES, DPI = (12.0, 8.4), 125
+SIZE_INCHES, DPI = (12.0, 14.0), 125
 
-# Okabe and Ito's palette, told apart by every common kind of colour vision; the widths differ too.
+# Okabe and Ito's palette, distinct for colour-blind readers. The line widths differ too.
 POSITIVE, NEGATIVE = "#0072B2", "#F0A020"
 POSITIVE_INK, NEGATIVE_INK = "#0072B2", "#A66300"  # for text
 INK, GREY, BAND, FRAME = "#24292f", "#6b7280", "#eef1f4", "#c4cad1"
 
-MEAN_RATIO = 0.7  # response_mean_is needs a response's mean; any fixed number shows the shape
+MEAN_RATIO = 0.7  # mean ratio of the response for response_mean_is and gmpo; any value shows the shape
+OLD = 0.1  # old probability of the token, for dppo
+OF_RESPONSES = ("response_mean_is", "gmpo")
 TOP = 3.6
 
 
 class Panel(NamedTuple):
     """One objective with its configuration.
 
-    `cell` is (row, column) of a 3 x 4 grid; `formulas` stands under the title.
+    `cell` is (row, column) of a 5 x 4 grid; `formulas` is printed below the title.
     """
 
     title: str
@@ -49,37 +52,65 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("ASPO", "A > 0: the ratio flipped; beyond c held, not dropped", PolicyLossConfig("aspo"), (0, 0)),
-    Panel("GRPO, dual clip", "A < 0: dropped beyond c", PolicyLossConfig("grpo"), (0, 2)),
+    Panel(
+        "ASPO",
+        "A > 0: the ratio flipped; beyond c held, not dropped",
+        PolicyLossConfig("aspo", dual_clip=3.0),
+        (0, 0),
+    ),
+    Panel("GRPO, dual clip", "A < 0: dropped beyond c", PolicyLossConfig("grpo", dual_clip=3.0), (0, 2)),
     Panel("DAPO", "grpo, clip_high 0.28, no c", PolicyLossConfig("grpo", clip_high=0.28, dual_clip=None), (0, 3)),
     Panel("no_is", "1 inside PPO's mask", PolicyLossConfig("no_is"), (1, 2)),
     Panel(
         "response_mean_is",
         f"A > 0: the response's mean r, here {MEAN_RATIO}",
-        PolicyLossConfig("response_mean_is"),
+        PolicyLossConfig("response_mean_is", dual_clip=3.0),
         (1, 3),
     ),
     Panel("GSPO", "s = the response's geometric mean", PolicyLossConfig("gspo"), (2, 0), "s"),
-    Panel("CISPO", "clipped, never dropped; signs alike", PolicyLossConfig("cispo"), (2, 1)),
-    Panel("SAPO", "a smooth gate, τ 1 and 1.05", PolicyLossConfig("sapo"), (2, 2)),
+    Panel("CISPO", "clipped, never dropped; signs alike", PolicyLossConfig("cispo"), (2, 2)),
+    Panel("SAPO", "a smooth gate, τ 1 and 1.05", PolicyLossConfig("sapo"), (2, 3)),
+    Panel(
+        "GMPO",
+        f"the response's clipped geometric mean, {MEAN_RATIO}",
+        PolicyLossConfig("gmpo", clip_low=0.4, clip_high=0.4),
+        (2, 1),
+    ),
+    Panel("aspo_unmasked", "A > 0: no mask", PolicyLossConfig("aspo_unmasked", dual_clip=3.0), (3, 0)),
+    Panel("no_is_pos", "A > 0: no_is; A < 0: GRPO", PolicyLossConfig("no_is_pos"), (3, 1)),
+    Panel("up", "A > 0: always 1; A < 0: GRPO", PolicyLossConfig("up"), (3, 2)),
+    Panel("tis", "r held at c = 2, never dropped", PolicyLossConfig("tis", dual_clip=2.0), (3, 3)),
+    Panel(
+        "DPPO",
+        f"old probability {OLD}, moved by up to 0.15",
+        PolicyLossConfig("dppo", clip_low=0.15, clip_high=0.15),
+        (4, 0),
+    ),
+    Panel(
+        "dppo_kl",
+        f"old probability {OLD}, KL up to 0.05",
+        PolicyLossConfig("dppo_kl", clip_low=0.05, clip_high=0.05),
+        (4, 1),
+    ),
 )
 
 
 def weights(config: PolicyLossConfig, ratio: Tensor, advantage: float) -> Tensor:
-    """[n] ratios -> [n] weights w, for tokens of one advantage."""
+    """Return the weights w [n] of ratios [n], for tokens with the same advantage."""
     inputs = TokenInputs(
-        logprobs=torch.full_like(ratio, -1.0),
+        logprobs=(OLD * ratio).log(),
         ratio=ratio,
         advantages=torch.full_like(ratio, advantage),
         clip_low=torch.full_like(ratio, config.clip_low),
         clip_high=torch.full_like(ratio, config.clip_high),
-        sequence_ratio=torch.full_like(ratio, MEAN_RATIO) if config.objective == "response_mean_is" else ratio,
+        sequence_ratio=torch.full_like(ratio, MEAN_RATIO) if config.objective in OF_RESPONSES else ratio,
     )
-    return token_terms(inputs, config).weight
+    objective, config = find_objective(config)
+    return objective(inputs, config).weight
 
 
 def draw() -> Figure:
-    """The figure; in each panel the curves are the lines labelled "A > 0" and "A < 0", NaN at their jumps."""
+    """Draw the figure. Each panel has lines labelled "A > 0" and "A < 0", which are NaN at their jumps."""
     style: dict[Any, Any] = {
         "font.family": "DejaVu Sans",
         "font.size": 10,
@@ -94,13 +125,13 @@ def draw() -> Figure:
     }
     with mpl.rc_context(style):
         figure = Figure(figsize=SIZE_INCHES, dpi=DPI, facecolor="white")
-        grid = figure.add_gridspec(3, 4, left=0.033, right=0.98, bottom=0.04, top=0.93, wspace=0.22, hspace=0.46)
+        grid = figure.add_gridspec(5, 4, left=0.033, right=0.98, bottom=0.025, top=0.958, wspace=0.22, hspace=0.46)
         for panel in PANELS:
             row, column = panel.cell
             large = panel.title == "ASPO"
             cell = grid[0:2, 0:2] if large else grid[row, column]
             _draw_panel(figure.add_subplot(cell), panel, large)
-        _draw_legend(figure.add_subplot(grid[2, 3]))
+        _draw_legend(figure.add_subplot(grid[4, 2]))
     return figure
 
 
@@ -111,17 +142,19 @@ def main(output: Path = OUTPUT) -> None:
 def _draw_panel(axes: Axes, panel: Panel, large: bool) -> None:
     config = panel.config
     low, high = 1 - config.clip_low, 1 + config.clip_high
+    if config.objective == "gmpo":
+        low, high = math.exp(-config.clip_low), math.exp(config.clip_high)
     axes.set_xscale("log", base=2)
     axes.set_xlim(1 / 8, 8)
     axes.set_ylim(-0.12, TOP)
     axes.set_title(panel.title, loc="left", fontsize=15 if large else 11.5, fontweight="bold", pad=24 if large else 20)
     axes.text(0, 1.02, panel.formulas, transform=axes.transAxes, fontsize=11 if large else 9, color=GREY, va="bottom")
 
-    if config.objective != "sapo":
+    if config.objective not in ("sapo", "dppo", "dppo_kl"):
         axes.axvspan(low, high, color=BAND, lw=0, zorder=0)
         for bound in (low, high):
             axes.axvline(bound, color=FRAME, lw=0.7, zorder=0.5)
-    if config.dual_clip is not None and config.objective in ("aspo", "grpo", "response_mean_is"):
+    if isinstance(config.dual_clip, float):
         axes.axhline(config.dual_clip, color=GREY, lw=0.9, ls=(0, (4, 3)), zorder=1)
         axes.text(8, config.dual_clip + 0.07, "c", ha="right", va="bottom", color=GREY, fontstyle="italic")
 
@@ -150,7 +183,7 @@ def _draw_panel(axes: Axes, panel: Panel, large: bool) -> None:
     axes.set_xticks(list(ticks), list(ticks.values()), fontsize=11 if large else 9.5)
     axes.set_yticks([0, 1, 2, 3], ["0", "1", "2", "3"], fontsize=11 if large else 9.5)
     axes.minorticks_off()
-    # The axes' names stand in line with the tick labels, at the ends.
+    # The axis names are at the ends, in line with the tick labels.
     axes.annotate(
         panel.axis, (1, 0), (12, -4), "axes fraction", "offset points", ha="center", va="top", fontstyle="italic"
     )
@@ -160,8 +193,8 @@ def _draw_panel(axes: Axes, panel: Panel, large: bool) -> None:
 
 
 def _annotate(axes: Axes, config: PolicyLossConfig) -> None:
-    """Says in ASPO's panel what the regions are."""
-    assert config.dual_clip is not None
+    """Label the regions in ASPO's panel."""
+    assert isinstance(config.dual_clip, float)
     above = TOP - 0.03
     axes.text(1 - config.clip_low - 0.02, above, "1 − ε_low", ha="right", va="top", color=GREY)
     axes.text(1 + config.clip_high + 0.03, above, "1 + ε_high", ha="left", va="top", color=GREY)
@@ -187,7 +220,7 @@ def _draw_legend(axes: Axes) -> None:
         Patch(facecolor=BAND, edgecolor=FRAME, lw=0.7),
         Line2D([], [], color=GREY, lw=0.9, ls=(0, (4, 3))),
     ]
-    labels = ["A > 0", "A < 0", "clip range\n1 − ε_low … 1 + ε_high", "dual clip, c = 3"]
+    labels = ["A > 0", "A < 0", "clip range\n1 − ε_low … 1 + ε_high", "dual clip c"]
     axes.legend(handles, labels, loc="center left", frameon=False, fontsize=10.5, borderaxespad=0, labelspacing=0.9)
 
 

@@ -1,4 +1,4 @@
-"""Draws docs/performance.png from the figures that `benchmarks/loss_head.py --json docs/performance.json` left."""
+"""Draw docs/performance.png from the output of `benchmarks/loss_head.py --json docs/performance.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLOURS = {
 
 
 def draw(figures: list[dict[str, Any]], path: Path) -> None:
-    # The cases that differ in T alone: H = 2,048, V = 76,032, two ranks.
+    # Cases that differ only in T: H = 2,048, V = 76,032, two ranks.
     cases = sorted((c for c in figures if c["case"][1:] == [2048, 76032, 2]), key=lambda c: c["case"][0])
     tokens = [c["case"][0] for c in cases]
     figure, (memory, times) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")

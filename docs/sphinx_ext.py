@@ -1,15 +1,17 @@
-"""What Sphinx lacks for these pages: formulas without JavaScript, references of settings and commands, and files of the
-repository to read."""
+"""Sphinx extension: formulas as MathML, references of settings and commands, pages for files of the repository."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import html
 import importlib
 import inspect
+import itertools
 import json
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ from sphinx.writers.html5 import HTML5Translator
 from megatron_aspo.cli import build_parser
 
 FILE_PAGES = "files/"
-"""Where the pages of the repository's files lie in the site."""
+"""Folder of the site for pages that show the repository's files."""
 
 _LINE = re.compile(r"    (\w+(?:, \w+)*): (.*)")
 
@@ -38,7 +40,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
     app.add_directive("settings", Settings)
     app.add_directive("commands", Commands)
-    app.connect("doctree-read", _link_to_file_pages, priority=400)  # before Sphinx collects what is to be downloaded
+    app.connect("doctree-read", _link_to_file_pages, priority=400)  # before Sphinx collects downloads
     app.connect("html-collect-pages", _file_pages)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
 
@@ -54,20 +56,20 @@ def _block_math(writer: HTML5Translator, node: nodes.math_block) -> None:
 
 
 def _link_to_file_pages(app: Sphinx, doctree: nodes.document) -> None:
-    """Links to text files of the repository lead to pages that show them; Sphinx would have readers download them."""
+    """Replace download links to the repository's text files by links to pages that show them."""
     shown = app.env.__dict__.setdefault("shown_files", dict[str, str]())
     for link in list(doctree.findall(addnodes.download_reference)):
         file, path = app.env.relfn2path(link["reftarget"], app.env.docname)
         try:
             shown[file] = Path(path).read_text(encoding="utf-8")
-        except (FileNotFoundError, UnicodeDecodeError):  # Sphinx says that it is missing; a picture is for downloading
+        except (FileNotFoundError, UnicodeDecodeError):  # Sphinx reports missing files; pictures stay downloads
             continue
         uri = app.builder.get_relative_uri(app.env.docname, FILE_PAGES + file)
         link.replace_self(nodes.reference("", "", *link.children, refuri=uri, internal=True))
 
 
 def _file_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(name, context, template) of a page for each file that is linked to."""
+    """Yield (name, context, template) of a page for each linked file."""
     highlighter = typing.cast("StandaloneHTMLBuilder", app.builder).highlighter
     for file, text in sorted(app.env.__dict__.get("shown_files", {}).items()):
         try:
@@ -80,8 +82,9 @@ def _file_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 class Settings(SphinxDirective):
-    """`.. settings:: module.Class`: a table of a dataclass's fields, and one for each field that is a dataclass, with
-    what the docstrings say of them."""
+    """`.. settings:: module.Class`: tables of a dataclass's fields and, recursively, of fields that are dataclasses.
+
+    Descriptions come from the docstrings."""
 
     required_arguments = 1
 
@@ -92,7 +95,7 @@ class Settings(SphinxDirective):
 
 
 def settings_lines(settings: type[Any], prefix: str) -> list[str]:
-    """The tables as reStructuredText."""
+    """Return the tables as lines of reStructuredText."""
     hints = typing.get_type_hints(settings)
     sections = sections_of(settings)
     summary, meaning = documented_fields(settings)
@@ -119,7 +122,7 @@ def settings_lines(settings: type[Any], prefix: str) -> list[str]:
 
 
 def sections_of(settings: type[Any]) -> dict[str, type[Any] | None]:
-    """Of each field the dataclass that it holds, also where that may be missing; None for a plain value or a list."""
+    """Map each field to the dataclass that it holds, optional or not; to None for plain values and lists."""
     hints = typing.get_type_hints(settings)
     kinds = {
         name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints.items()
@@ -132,7 +135,10 @@ def sections_of(settings: type[Any]) -> dict[str, type[Any] | None]:
 
 
 def documented_fields(settings: type[Any]) -> tuple[str, dict[str, str]]:
-    """A dataclass's docstring without its attributes, and what it says of each of its (and its bases') fields."""
+    """Return a dataclass's docstring without attributes, and the description of each own or inherited field.
+
+    Descriptions are attributes of the docstring, or string literals below the fields.
+    """
     meaning: dict[str, str] = {}
     summary: list[str] = []
     for cls in reversed([c for c in settings.__mro__ if dataclasses.is_dataclass(c)]):
@@ -149,11 +155,25 @@ def documented_fields(settings: type[Any]) -> tuple[str, dict[str, str]]:
                 meaning |= dict.fromkeys(names, found[2])
             elif line.strip() and names != [""]:
                 meaning |= {name: f"{meaning[name]} {line.strip()}" for name in names}
+        meaning |= _field_docstrings(cls)
     return "\n".join(summary).strip(), meaning
 
 
+def _field_docstrings(cls: type[Any]) -> dict[str, str]:
+    """Return the string literals that follow fields in a class body, on one line each."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(following.value.value.split())
+        for field, following in itertools.pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+        if isinstance(following.value.value, str)
+    }
+
+
 def _default(field: dataclasses.Field[Any]) -> str | None:
-    """As it is written in YAML; None for a field that must be set."""
+    """Return the default as written in YAML; None for a required field."""
     factory = field.default_factory
     value = factory() if factory is not dataclasses.MISSING else field.default
     if value is dataclasses.MISSING:

@@ -1,13 +1,15 @@
-"""The two ways in which a run ends early: a mistake of the user's, and a failure that no setting is to blame for."""
+"""The two ways in which a command fails: a mistake of the user's, or a failure that no setting explains."""
 
 
 class UserError(Exception):
-    """A mistake of the user's: its message is one line that names the cause and the fix.
+    """A mistake of the user's, as one line that names the setting, the cause and the fix.
 
-    The command line prints the message without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2.
     """
 
 
 class RunError(Exception):
-    """The run cannot go on, and no setting is to blame: the cause in one line, behind the traceback of the
-    exception that it was raised from. What has been saved is intact, and the command line ends with exit code 1."""
+    """A failure after which the run cannot go on, as one line; checkpoints are intact.
+
+    The command line prints it after the traceback of its cause and exits with code 1.
+    """

@@ -1,127 +1,80 @@
-"""The training loop. `torchrun --nproc-per-node N -m megatron_aspo.train CONFIG.yaml [a.b=c ...]`"""
+"""The training loop of ASPO: sample, score, update, and again."""
 
 from __future__ import annotations
 
-import math
-import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from megatron_aspo.channel import Channel
-from megatron_aspo.config import RunConfig
-from megatron_aspo.config_checks import check_together, config_warnings
+from megatron_aspo.batch import Batch, MicroBatch, Sample
+from megatron_aspo.config.loss import PolicyLossConfig
+from megatron_aspo.config.run import RunConfig
+from megatron_aspo.config.training import TrainConfig
 from megatron_aspo.data import PromptStream, SourceClass
-from megatron_aspo.distributed import distributed, warn
-from megatron_aspo.errors import UserError
-from megatron_aspo.evaluation.held_out import evaluate
-from megatron_aspo.import_path import check_signature
-from megatron_aspo.journal import Clock, Journal
-from megatron_aspo.loss.custom import check_objective
-from megatron_aspo.mismatch import measure_mismatch
+from megatron_aspo.data.tokenizer import load_tokenizer
+from megatron_aspo.journal.clock import Clock
+from megatron_aspo.journal.folder import changed_settings, checkpoints_folder, find_resume, make_folders, read_meta
+from megatron_aspo.journal.journal import Journal
+from megatron_aspo.journal.trackers import check_trackers
+from megatron_aspo.loss.objectives import check_objective
 from megatron_aspo.policy import checkpoint
-from megatron_aspo.policy.trainer import Policy, UpdateMetrics
-from megatron_aspo.preemption import StopSignals, mark_interrupted
+from megatron_aspo.policy.metrics import OPTIMIZER_METRICS, UpdateMetrics, measure_rollouts
+from megatron_aspo.policy.sample_log import is_logged, log_samples
+from megatron_aspo.policy.saved_batches import load_batches, load_groups
+from megatron_aspo.policy.trainer import Policy
+from megatron_aspo.policy.warmup import warm_up
+from megatron_aspo.ranks.channel import Channel
+from megatron_aspo.ranks.process_group import warn
+from megatron_aspo.ranks.stop_signals import StopSignals, mark_interrupted
 from megatron_aspo.rewards.scoring import Reward, Scorer
-from megatron_aspo.rollout.engine import EngineClass, build_engine, check_engine
-from megatron_aspo.run_folder import changed_settings, checkpoints_folder, find_resume, make_folders, read_meta
-from megatron_aspo.sample_log import SampleLog
-from megatron_aspo.sampling import build_batches
-from megatron_aspo.serve import serve
-from megatron_aspo.tokenizer import load_tokenizer
-from megatron_aspo.types import Batch, MicroBatch, Sample
-from megatron_aspo.warmup import warm_up
-
-
-def run(
-    config: RunConfig,
-    *,
-    rollout: EngineClass | None = None,
-    reward: Reward | None = None,
-    prompts: SourceClass | None = None,
-    argv: Sequence[str] = (),
-) -> bool:
-    """This rank's part of a training run, as `megatron-aspo train` does it, with parts of the caller's own.
-
-    Every rank calls it alike: under torchrun, whose environment tells the ranks, or alone.
-
-    Args:
-        rollout: makes the engine, as `rollout.engine=module:class` does; not with `rollout.ranks`.
-        reward: judges all responses: a function of a response's text and its prompt's entry, a `Verifier`, or the name
-            of one. Default: that of the configured source, and "math" for `prompts`.
-        prompts: makes the source of problems, from a seed: `data.seed` for training, `data.eval_seed` for held-out
-            problems. Of the section `data` only prompt_template, chat_template, the seeds, eval_prompts and
-            overlong_prompts then count.
-        argv: the command, for the record.
-
-    Returns:
-        Whether all steps are done, as `train`.
-
-    Raises:
-        UserError: a mistake that a line can tell.
-        RunError: the run cannot go on; what has been saved is intact.
-    """
-    check_together(config)
-    if rollout is not None:
-        check_signature("rollout", rollout, "policy", "config", "tokenizer", "seed")
-        if config.rollout.ranks:
-            raise UserError(f"rollout.ranks={config.rollout.ranks} is for vLLM; set it to 0, or pass no rollout")
-    if prompts is not None:
-        check_signature("prompts", prompts, "seed")
-        reward = "math" if reward is None else reward
-        if config.data.task or config.data.path or config.data.sources:
-            raise UserError(f"{config.data.name} stands beside the prompts that were passed; remove one of them")
-        if config.warmup.updates:
-            raise UserError(
-                f"warmup.updates={config.warmup.updates} takes demonstrations from data.task or data.path, and prompts "
-                "were passed; set it to 0"
-            )
-    with distributed(config) as channel:
-        if channel is not None and channel.role == "rollout":
-            with StopSignals(config.checkpoint.stop_signals):  # when to stop is the training ranks' to say
-                serve(config, channel, reward, prompts)
-            return True
-        for message in config_warnings(config):
-            warn(message)
-        return train(config, list(argv), channel, rollout=rollout, reward=reward, source=prompts)
+from megatron_aspo.rollout.batches import Batches, evaluate
+from megatron_aspo.rollout.build import build_engine
+from megatron_aspo.rollout.choice import EngineClass, check_engine
 
 
 def train(
     config: RunConfig,
-    argv: list[str],
+    argv: Sequence[str],
     channel: Channel | None = None,
     *,
     rollout: EngineClass | None = None,
     reward: Reward | None = None,
     source: SourceClass | None = None,
+    report: Callable[[Sequence[Path]], Path] | None = None,
 ) -> bool:
-    """Run `config.train.steps` steps of ASPO: sample, score, compare within groups, update, and again.
+    """Run the training ranks' part of `config.train.steps` steps. Collective.
 
-    `channel` leads to the rollout ranks, if there are any; the others are as in `run`.
+    Args:
+        channel: to the ranks that only generate, if there are any.
+        argv, rollout, reward, source, report: as in `commands.train.run`.
 
     Returns:
-        Whether all steps are done; False where a signal of `config.checkpoint.stop_signals` came before.
+        True after the last step; False if SIGUSR1 or SIGTERM stopped the run before.
     """
-    check_engine(config.rollout)
+    check_engine(config.rollout, config.reward)
     check_objective(config.loss)
+    check_trackers(config.journal)
     make_folders(config)
     resume_from = find_resume(config)
-    resume_step = int(read_meta(resume_from)["step"]) if resume_from else None
+    done = int(read_meta(resume_from)["step"]) if resume_from else 0
     changed = changed_settings(resume_from, config) if resume_from else []
-    scorer = Scorer(config, reward)
-    tokenizer = load_tokenizer(config)
-    prompts = PromptStream.of(config, tokenizer, source)
+    scorer = Scorer(config.data, config.reward, config.rollout, reward)
+    tokenizer = load_tokenizer(config.model, config.data)
+    prompts = PromptStream(config.data, tokenizer, config.max_prompt_tokens, source)
     policy = Policy(config, tokenizer.vocab_size)
     if resume_from:
-        checkpoint.check_same_model(resume_from, policy)
+        checkpoint.check_same_model(resume_from, config.model)
     engine = build_engine(policy, config.rollout, tokenizer, config.seed, channel, rollout)
-    steps = config.train.steps
+    engine.sleep()  # warm-up and loading need its memory
+    steps, folder = config.train.steps, checkpoints_folder(config)
+    resume_step = done if resume_from else None
 
     with (
         scorer,
-        StopSignals(config.checkpoint.stop_signals) as stop,
+        StopSignals() as stop,
         Journal(config, argv, resume_step, dist.get_rank() == 0) as journal,
     ):
         if changed:
@@ -132,106 +85,129 @@ def train(
             warm_up(policy, config, journal)
         if config.loss.kl_coef:
             policy.keep_reference()
-        sampled_ahead: list[Batch] = []
-        if resume_from:
-            _, state = checkpoint.load(resume_from, policy)
-            prompts.load_state_dict(state["prompts"])
-            sampled_ahead = checkpoint.load_batches(resume_from)
-        batches = build_batches(engine, prompts, scorer, config, resume_step or 0, sampled_ahead)
+        ahead, groups = resume(resume_from, folder, policy, prompts, journal) if resume_from else ([], None)
+        saver = checkpoint.Saver(folder, config.checkpoint)
+        batches = Batches(policy, engine, prompts, scorer, config.rollout, done, steps, ahead, groups)
         engine.refit()
-        if not resume_from:
-            journal.record("eval", 0, steps, evaluate(engine, prompts, scorer, config.eval))
 
-        if resume_step is not None and resume_step >= steps:
-            journal.say(f"{config.run_dir} is complete: {resume_step} of {steps} steps; delete it to train again")
-        sample_log = SampleLog(policy, tokenizer, config, journal)
-        clock = Clock()
-        for step in range((resume_step or 0) + 1, steps + 1):
+        def evaluate_and_record(step: int) -> None:
+            clock = Clock()
+            with clock("eval"):
+                values = evaluate(engine, prompts, scorer, config.eval)
+            journal.record("eval", step, steps, values | {"time/eval": clock["eval"]})
+
+        if config.eval.at_start and not resume_from:
+            evaluate_and_record(0)
+        if resume_from and done >= steps:
+            journal.say(f"{config.run_dir} is complete: {done} of {steps} steps; delete it to train again")
+
+        for step in range(done + 1, steps + 1):
+            clock = Clock()
             batch = batches.next(clock)
             engine.sleep()
-            mini_batches = [policy.pack(samples) for samples in split_into_mini_batches(batch.groups, config)]
-
-            with clock("old_logprobs"):
-                for mini_batch in mini_batches:
-                    policy.fill_logprobs(mini_batch, "old_logprobs")
-                    if config.loss.kl_coef:
-                        policy.fill_logprobs(mini_batch, "ref_logprobs")
-
-            sample_log.before_updates(step, batch.groups, clock)
-            values = batch.metrics
-            values |= {f"mismatch/{name}": value for name, value in measure_mismatch(mini_batches).items()}
+            groups = split_into_mini_batches(batch.groups, config.mini_batches_per_step)
+            mini_batches = [policy.pack([sample for group in part for sample in group]) for part in groups]
+            anchored = config.loss.anchor == "rollout"  # old log-probs are measured, not trained on
+            if not anchored or is_due(step - 1, config.train.mismatch_every):
+                with clock("mismatch" if anchored else "old_logprobs"):
+                    set_logprobs(policy, mini_batches)
+            if config.loss.kl_coef:
+                with clock("ref_logprobs"):
+                    set_ref_logprobs(policy, mini_batches)
+            values = batch.metrics | measure_rollouts(
+                mini_batches if policy.is_last_stage else [], config.rollout, policy.weight_version
+            )
             values["optimizer/lr"] = policy.learning_rate
             with clock("update"):
-                values |= update(policy, mini_batches, config)
+                values |= update(policy, mini_batches, config.train, config.loss)
             policy.release_gradients()
-            sample_log.after_updates(step, clock)
+            if is_logged(step, config.train):
+                with clock("samples"):
+                    log_samples(step, policy, list(zip(groups, mini_batches, strict=True)), tokenizer, journal)
             with clock("refit"):
                 engine.refit()
+            journal.record("train", step, steps, values | saver.published() | clock.seconds())
 
-            journal.record("train", step, steps, values | clock.seconds())
-
-            clock = Clock()  # what follows is timed with the next step
-            if step == steps or (config.eval.every and step % config.eval.every == 0):
-                with clock("eval"):
-                    journal.record("eval", step, steps, evaluate(engine, prompts, scorer, config.eval))
-            # Last of all: a run that is killed before does the step again, and logs it again.
+            if config.eval.at_end if step == steps else is_due(step, config.eval.every):
+                evaluate_and_record(step)
+            # The checkpoint comes last: a run killed before it is complete repeats the step and logs it again.
             stopping = step < steps and stop.requested()
-            if stopping or step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            if stopping or step == steps or is_due(step, config.checkpoint.every):
                 with clock("checkpoint"):
+                    engine.sleep()
                     state = {"prompts": prompts.state_dict()}
-                    keep = config.checkpoint.keep
-                    checkpoint.save(checkpoints_folder(config), step, policy, state, keep, batches.ahead())
+                    ahead, groups = batches.ahead(), batches.in_progress()
+                    saver.save(step, policy, state, ahead, groups, wait=stopping or step == steps)
+                    if step < steps and not stopping:
+                        engine.refit()
+                journal.record("checkpoint", step, steps, saver.published() | {"time/checkpoint": clock["checkpoint"]})
             if stopping:
                 mark_interrupted(config.run_dir, step)
-                journal.say(f"stopped by a signal: step {step} of {steps} is saved; continue with --resume auto")
+                journal.stop(f"stopped by a signal: step {step} of {steps} is saved; continue with --resume auto")
                 return False
+        if report is not None and steps:
+            journal.record_report(report)
     return True
 
 
-def split_into_mini_batches(groups: Sequence[list[Sample]], config: RunConfig) -> list[list[Sample]]:
-    """As many mini-batches as a full step has, of whole groups and equal size up to one; empty ones are left out."""
-    count = math.ceil(config.rollout.prompts_per_step / config.train.mini_batch_prompts)
+def resume(
+    path: Path, folder: Path, policy: Policy, prompts: PromptStream, journal: Journal
+) -> tuple[list[Batch], dict[str, Any] | None]:
+    """Load a checkpoint into policy and prompts, set newer checkpoints in `folder` aside, and return the batches that
+    were sampled ahead and the groups in progress. Collective."""
+    step, state = checkpoint.load(path, policy)
+    for abandoned in checkpoint.abandon_newer(folder, path, step):
+        journal.say(f"{abandoned.stem} is newer than the resumed checkpoint; it is now {abandoned.name}")
+    prompts.load_state_dict(state["prompts"])
+    return load_batches(path), load_groups(path)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether a step is one of every `every` steps; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def split_into_mini_batches(groups: Sequence[list[Sample]], count: int) -> list[list[list[Sample]]]:
+    """Return the groups of each of `count` mini-batches, equal in size up to one group, without empty ones."""
     bounds = [round(i * len(groups) / count) for i in range(count + 1)]
-    parts = (groups[a:b] for a, b in pairwise(bounds))
-    return [[sample for group in part for sample in group] for part in parts if part]
+    return [list(groups[a:b]) for a, b in pairwise(bounds) if a < b]
 
 
-def update(policy: Policy, mini_batches: Sequence[list[MicroBatch]], config: RunConfig) -> dict[str, float]:
-    """`epochs` passes over the mini-batches, one optimizer update each; the metrics are means over all of them."""
-    metrics = UpdateMetrics()
-    for _ in range(config.train.epochs):
+def set_logprobs(policy: Policy, mini_batches: Sequence[Sequence[MicroBatch]]) -> None:
+    """Set `old_logprobs` of the micro-batches on the last pipeline stage. Collective."""
+    for batches in mini_batches:
+        for batch, logprobs in zip(batches, policy.logprobs(batches), strict=False):  # none on the other stages
+            batch.old_logprobs = logprobs
+
+
+def set_ref_logprobs(policy: Policy, mini_batches: Sequence[Sequence[MicroBatch]]) -> None:
+    """Set `ref_logprobs` of the micro-batches on the last pipeline stage. Collective.
+
+    The reference's weights are loaded once for all mini-batches.
+    """
+    with policy.reference_weights():
+        for batches in mini_batches:
+            for batch, logprobs in zip(batches, policy.logprobs(batches), strict=False):
+                batch.ref_logprobs = logprobs
+
+
+def update(
+    policy: Policy, mini_batches: Sequence[list[MicroBatch]], config: TrainConfig, loss: PolicyLossConfig
+) -> dict[str, float]:
+    """Make `config.epochs` passes over the mini-batches, with an optimizer update each; return the mean metrics."""
+    metrics, first_epoch = UpdateMetrics(), dict[str, float]()
+    for epoch in range(config.epochs):
         for mini_batch in mini_batches:
-            policy.train_step(mini_batch, config.loss, metrics)
-    means = metrics.reduce()
+            policy.train_step(mini_batch, loss, metrics)
+        if epoch == 0 and config.epochs > 1:
+            means = metrics.reduce()
+            first_epoch = {f"{name}_first_epoch": means[name] for name in ("ratio_pos", "ratio_neg") if name in means}
+    means = metrics.reduce() | first_epoch
     largest = means.get("log_ratio_max_first", 0.0)
-    if not largest <= config.train.ratio_tolerance:  # NaN too
+    if loss.anchor == "trainer" and not largest <= config.ratio_tolerance:  # also warns of NaN
         warn(
-            f"max |log r| = {largest:.1e} on the step's first mini-batch, where the policy is still the old one: the "
-            "trainer does not reproduce its own log-probs (dropout, or nondeterministic kernels); importance "
-            f"ratios carry that error. train.ratio_tolerance={config.train.ratio_tolerance:g} is what is accepted"
+            f"max |log r| = {largest:.1e} in the step's first mini-batch, before any update: the trainer does not "
+            "reproduce its own log-probs (dropout, or nondeterministic kernels), and importance ratios carry that "
+            f"error; it exceeds train.ratio_tolerance={config.ratio_tolerance:g}"
         )
-    return {f"{'optimizer' if name.startswith('grad_norm') else 'loss'}/{name}": value for name, value in means.items()}
-
-
-def main(argv: list[str] | None = None) -> int:
-    """One rank of a training run."""
-    from megatron_aspo import cli
-
-    def action() -> int:
-        parser = cli.Parser(prog="megatron_aspo.train")
-        cli.add_run_arguments(parser)
-        config = cli.parse_run_config(cli.parse(parser, argv))
-        done = run(config, argv=sys.argv if argv is None else argv)
-        if done and config.train.steps and os.environ.get("RANK", "0") == "0":  # of warm-up alone there is no report
-            from megatron_aspo.report import print_summary, write_report
-
-            png, html = write_report([config.run_dir])
-            print_summary([config.run_dir])
-            print(f"report: {html}\nplots:  {png}")
-        return 0
-
-    return cli.exit_code(action, cli.HINTS["train"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {f"{'optimizer' if name in OPTIMIZER_METRICS else 'loss'}/{name}": value for name, value in means.items()}

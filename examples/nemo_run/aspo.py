@@ -1,6 +1,6 @@
-"""ASPO as a NeMo-Run experiment: a recipe for every size, run on this machine or by Slurm. README.md has commands.
+"""NeMo-Run experiment for ASPO: the recipes in examples/, on this machine or by Slurm. README.md has the commands.
 
-NeMo-Run starts the ranks; they are those of `megatron-aspo train`, in the project's own environment or container.
+NeMo-Run starts the same ranks as `megatron-aspo train`, in the project's environment or container.
 """
 
 import os
@@ -16,32 +16,32 @@ from torchx.specs import AppState
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_aspo.cli import exit_code  # noqa: E402
-from megatron_aspo.config import RunConfig  # noqa: E402
-from megatron_aspo.config_checks import check_world_size  # noqa: E402
-from megatron_aspo.config_file import load_config  # noqa: E402
+from megatron_aspo.commands.arguments import exit_code  # noqa: E402
+from megatron_aspo.config.checks import check_world_size  # noqa: E402
+from megatron_aspo.config.load import load_config  # noqa: E402
+from megatron_aspo.config.run import RunConfig  # noqa: E402
 
-# Where the ranks run without a container; NeMo-Run itself has an environment of its own.
+# Interpreter of the ranks outside containers. NeMo-Run has a separate environment.
 PYTHON = os.environ.get("PYTHON", str(ROOT / ".venv/bin/python"))
 
-# What every rank runs. Under Slurm the tasks are the ranks; torchrun has set these variables.
+# Script of every rank. A Slurm task is one rank; torchrun sets these variables itself.
 RANK_SCRIPT = """\
 set -e
-export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}} {environment}
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}} {environment}
 if [[ -z ${{RANK:-}} ]]; then
   trap "" USR1  # until python listens
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID NODE_RANK=$SLURM_NODEID
   export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
   [[ $LOCAL_RANK != 0 ]] || {python} -m megatron_aspo.cli doctor
 fi
-exec {python} -m megatron_aspo.train {words}
+exec {python} -m megatron_aspo.commands.train {words}
 """
 
-# Runs in the batch script before the ranks do. When the time is up they save and end well, as NeMo-Run sees it, which
-# sends a job back to the queue only if it failed.
+# Part of the batch script before the ranks start. At the time limit the ranks save and exit with code 0. NeMo-Run
+# requeues only failed jobs, so the trap requeues this one.
 BATCH_SETUP = """\
 export MASTER_ADDR=$(scontrol --oneliner show node "$head_node" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 rm -f {interrupted}
 trap '[[ ! -f {interrupted} ]] || ((${{SLURM_RESTART_COUNT:-0}} >= 20)) || scontrol requeue "$SLURM_JOB_ID"' EXIT
 """
@@ -60,23 +60,23 @@ def aspo(
 
     Args:
         recipe: a YAML file of the repository, such as examples/qwen2_5_32b.yaml.
-        nodes: how many machines.
-        ranks_per_node: processes on each.
-        gpus_per_node: what to ask Slurm for; 0: no GPUs.
-        settings: `section.field=value` words that replace the recipe's.
+        nodes: number of machines.
+        ranks_per_node: processes per machine.
+        gpus_per_node: GPUs to request from Slurm; 0: none.
+        settings: `section.field=value` arguments that override the recipe.
     """
-    # sys.exit, as NeMo-Run ends with code 0 after any other exception.
+    # sys.exit, because NeMo-Run exits with code 0 after any other exception.
     sys.exit(exit_code(lambda: launch(ctx, recipe, nodes, ranks_per_node, gpus_per_node, settings or [])))
 
 
 def launch(
     ctx: run.cli.RunContext, recipe: str, nodes: int, ranks_per_node: int, gpus_per_node: int, settings: list[str]
 ) -> int:
-    """Start the ranks, or say in a dry run how; 1 if they were waited for and failed."""
+    """Start the ranks, or print their script in a dry run. Returns 1 if ranks failed that were waited for, else 0."""
     words = ["checkpoint.resume=auto", *settings]
-    config = load_config(ROOT / recipe, words)  # a mistake shows here, not after hours in the queue
-    check_world_size(config, nodes * ranks_per_node)
-    # The job has its code in a folder of its own; what it writes stays here, where the next job continues it.
+    config = load_config(ROOT / recipe, words)  # report errors now, not after hours in the queue
+    check_world_size(config.parallel, config.rollout, nodes * ranks_per_node)
+    # The job runs a copy of the code, but writes to this checkout, where the next job continues.
     output_dir = ROOT / config.output_dir
     words.append(f"output_dir={output_dir}")
 
@@ -94,11 +94,13 @@ def launch(
         recipe = f"{ROOT}/{recipe}"
     script = RANK_SCRIPT.format(
         environment=shlex.join(rank_environment(config)),
+        # Adam of offloaded states runs on the host's cores.
+        threads=f"$(($(nproc --all) / {ranks_per_node}))" if config.optimizer.cpu_offload else 1,
         python=shlex.quote(python),
         words=shlex.join([recipe, *words]),
     )
     if not ctx.dryrun:
-        output_dir.mkdir(parents=True, exist_ok=True)  # or a container could not mount it
+        output_dir.mkdir(parents=True, exist_ok=True)  # containers can only mount existing folders
     else:
         print(f"# Every rank runs:\n{script}")
     with run.Experiment(config.name) as experiment:
@@ -108,14 +110,16 @@ def launch(
 
 
 def rank_environment(config: RunConfig) -> list[str]:
-    """What ranks on GPUs need: up to Hopper, kernels start in the order of their launch only so, and communication that
-    is to overlap with the layers' compute must start first.
+    """Environment variables of ranks on GPUs.
+
+    Up to Hopper, CUDA_DEVICE_MAX_CONNECTIONS=1 starts kernels in launch order, so that communication which overlaps
+    with the layers' compute starts first.
     """
     overlaps = config.parallel.tensor > 1 or config.parallel.context > 1
     return ["CUDA_DEVICE_MAX_CONNECTIONS=1"] if overlaps and config.cluster else []
 
 
-# --- Recipes: every file in examples/, on the machines of its section `cluster`; without one, on CPUs of one machine.
+# --- Recipes: every file in examples/, on the machines of its section `cluster`, or else on the CPUs of one machine.
 
 
 def recipe_factory(path: Path) -> Callable[[], run.Partial]:
@@ -134,35 +138,35 @@ def recipe_factory(path: Path) -> Callable[[], run.Partial]:
 RECIPES = {path.stem: recipe_factory(path) for path in sorted(ROOT.glob("examples/*.yaml"))}
 
 
-# --- Executors. `run.executor=slurm run.executor.account=NAME` takes one and changes any of its fields.
+# --- Executors. `run.executor=slurm run.executor.account=NAME` selects one and sets any of its fields.
 
 
 @run.cli.factory
 def local() -> run.Config[run.LocalExecutor]:
-    """This machine, by torchrun."""
+    """Run on this machine by torchrun."""
     return run.Config(run.LocalExecutor, launcher="torchrun")
 
 
 @run.cli.factory
 def slurm() -> run.Config[run.SlurmExecutor]:
-    """Slurm, from a login node, in the repository's .venv. A task for every rank."""
+    """Run by Slurm from a login node, in the repository's .venv, with one task per rank."""
     return run.Config(
         run.SlurmExecutor,
-        account=None,  # sbatch takes it, as the partition, from SBATCH_ACCOUNT and SBATCH_PARTITION, or the site's
+        account=None,  # default: SBATCH_ACCOUNT, or the site's; the partition likewise from SBATCH_PARTITION
         time="1-00:00:00",
         exclusive=True,
         mem="0",
         signal="USR1@600",  # to the ranks: ten minutes to finish a step and save
         retries=3,
         tunnel=run.Config(run.LocalTunnel, job_dir=""),
-        # The commit goes along with the job. Its submodules (there are none) would be looked for in all folders.
+        # Packs the commit. The repository has no submodules; including them would search all folders.
         packager=run.Config(run.GitArchivePackager, check_uncommitted_changes=True, include_submodules=False),
     )
 
 
 @run.cli.factory
 def slurm_container() -> run.Config[run.SlurmExecutor]:
-    """Slurm with pyxis: set run.executor.container_image."""
+    """Run by Slurm in a container of pyxis; set run.executor.container_image."""
     executor = slurm()
     executor.container_image = os.environ.get("CONTAINER", "set run.executor.container_image or CONTAINER")
     executor.srun_args = ["--no-container-mount-home"]

@@ -1,4 +1,4 @@
-"""A problem as its source has it, before a template and a tokenizer make a prompt of it."""
+"""Problems as sources have them, before templates and tokenizers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Content = str | list[dict[str, str]]
 @dataclass(frozen=True)
 class Problem:
     """Attributes:
-    content: what is asked.
-    fields: what a prompt template may name.
-    entry: what the verifier is given; with `answer`.
-    data_source: where it comes from, for messages.
+    content: the question.
+    fields: values for the prompt template.
+    entry: the verifier's input; with `answer`.
+    data_source: its origin, for messages.
     """
 
     content: Content
@@ -25,8 +25,8 @@ class Problem:
 
 
 class Source(Protocol):
-    """An endless, random-access, shuffled stream of problems. With a length (`__len__`) it has so many and repeats
-    them; no more are then held out."""
+    """An endless, random-access, shuffled stream of problems. A source with a length (`__len__`) repeats after so many,
+    and no more are held out."""
 
     def problem(self, position: int) -> Problem:
         """The problem at a position >= 0; always the same one."""

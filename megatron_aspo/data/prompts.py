@@ -2,150 +2,101 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
-from megatron_aspo.config import RunConfig
-from megatron_aspo.config_data import DataConfig, SourceConfig
-from megatron_aspo.data.problem import Content, Problem, Source
+from megatron_aspo.batch import Prompt
+from megatron_aspo.config.data import DataConfig, SourceConfig
+from megatron_aspo.data.problem import Problem, Source
 from megatron_aspo.errors import UserError
-from megatron_aspo.types import Prompt
 
 if TYPE_CHECKING:
-    from megatron_aspo.tokenizer import Tokenizer
+    from megatron_aspo.data.tokenizer import Tokenizer
 
 MAX_SKIPPED = 1000
-"""Problems in a row that cannot be used, before it is taken for certain that none can."""
-
+"""Problems in a row that cannot be used, after which the run ends."""
 
 SourceClass = Callable[[int], Source]
-"""What makes a source: called with `data.seed` for training and with `data.eval_seed` for held-out problems."""
+"""Makes a source: called with `data.seed` for training and with `data.eval_seed` for held-out problems."""
 
 
 class PromptStream:
-    """Prompts of one or more sources, drawn in an order that the seeds and the weights fix.
+    """Prompts of one or more sources, in an order that the seeds and the weights determine.
 
-    The state is every source's position (and a count), so a resumed run draws the same problems. Held-out problems come
-    from another seed or other files, and a training prompt with the same text as a held-out one is skipped.
+    The state is the position in every source, so a resumed run draws the same problems. Held-out problems come from
+    another seed or other files. A training prompt with the text of a held-out one is skipped.
+
+    Args:
+        source: makes the problems in place of the configured sources.
 
     Attributes:
         held_out: the prompts to evaluate on.
-        overlong: training prompts that were too long and left out so far; with `overlong_prompts="filter"`.
-        held_out_overlong: the same of the held-out ones, for which the next ones stand in.
+        overlong: number of training prompts left out because of their length (`overlong_prompts="filter"`).
+        held_out_overlong: the same number for held-out prompts, which the next ones replace.
     """
 
     def __init__(
         self, config: DataConfig, tokenizer: Tokenizer, max_prompt_tokens: int, source: SourceClass | None = None
     ) -> None:
-        """`source` makes the problems in place of the configured sources."""
-        self.config = config
-        if source is None:
-            self.source_configs = config.all_sources
-        else:
-            self.source_configs = (SourceConfig(prompt_template=config.prompt_template),)
-        self._source_class = source
-        self.tokenizer = tokenizer
-        self.max_prompt_tokens = max_prompt_tokens
-        self.positions = [0] * len(self.source_configs)
-        self.overlong = 0
-        self.held_out_overlong = 0
-        self.held_out = self._hold_out()
-        self._held_out_texts = {prompt.text for prompt in self.held_out}
-        self._sources = [self._open(source, config.seed) for source in self.source_configs]
+        self.config, self.tokenizer, self.max_prompt_tokens = config, tokenizer, max_prompt_tokens
+        passed = SourceConfig(prompt_template=config.prompt_template)
+        configs = config.all_sources if source is None else (passed,)
+        self.name = " + ".join(each.label for each in configs)
 
-    @staticmethod
-    def of(config: RunConfig, tokenizer: Tokenizer, source: SourceClass | None = None) -> PromptStream:
-        """The prompts of a run: one leaves room for the longest response."""
-        room = config.model.max_sequence_length - config.rollout.max_response_tokens
-        return PromptStream(config.data, tokenizer, room, source)
+        def open_mixture(seed: int, held_out: bool) -> _Mixture:
+            opened = [source(seed) if source else open_source(each, config, seed, held_out) for each in configs]
+            return _Mixture(configs, opened, held_out)
+
+        self._held_out_texts = frozenset[str]()
+        self.held_out, self.held_out_overlong = self._draw(open_mixture(config.eval_seed, True), config.eval_prompts)
+        if not self.held_out:
+            raise self._nothing_to_use(self.held_out_overlong, 0)
+        self._held_out_texts = frozenset(prompt.text for prompt in self.held_out)
+        self._training = open_mixture(config.seed, False)
+        self.overlong = 0
 
     def draw(self, count: int) -> list[Prompt]:
         """The next `count` training prompts."""
-        drawn: list[Prompt] = []
-        skipped: list[str] = []  # since the last one that was drawn
-        while len(drawn) < count:
-            prompt = self._next()
-            fits = self._fits(prompt)
-            self.overlong += not fits
-            if fits and prompt.text not in self._held_out_texts:
-                drawn.append(prompt)
-                skipped.clear()
-                continue
-            skipped.append("held out" if fits else "overlong")
-            if len(skipped) < MAX_SKIPPED:
-                continue
-            if "overlong" in skipped:
-                raise self._all_too_long(skipped.count("overlong"))
-            files = any(source.path for source in self.source_configs)
-            raise UserError(
-                f"{self.name} has no problem outside the held-out set; lower data.eval_prompts="
-                f"{self.config.eval_prompts}, or {'give more problems' if files else 'widen data.task_args'}"
-            )
+        drawn, overlong = self._draw(self._training, count)
+        self.overlong += overlong
         return drawn
 
     def state_dict(self) -> dict[str, Any]:
-        return {"positions": list(self.positions), "overlong": self.overlong}
+        return {"positions": list(self._training.positions), "overlong": self.overlong}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError for a state of other sources."""
-        if len(state["positions"]) != len(self.positions):
+        before, now = len(state["positions"]), len(self._training.positions)
+        if before != now:
             raise UserError(
-                f"the checkpoint was made with {len(state['positions'])} data.sources and there are "
-                f"{len(self.positions)} now; resume with the same, or start anew from its weights"
+                f"the checkpoint was made with {before} data.sources and there are {now} now; resume with the same, or "
+                "start anew from its weights"
             )
-        self.positions = list(state["positions"])
+        self._training.positions = list(state["positions"])
         self.overlong = state["overlong"]
 
-    def _next(self) -> Prompt:
-        # The source that lags furthest behind its share: the mixture is exact at any time, and needs no generator.
-        sources = self.source_configs
-        due = (sum(self.positions) + 1) / sum(source.weight for source in sources)
-        chosen = max(range(len(sources)), key=lambda i: (due * sources[i].weight - self.positions[i], -i))
-        position = self.positions[chosen]
-        self.positions[chosen] += 1
-        # Unique across sources; one source's ids are its positions.
-        number = position * len(sources) + chosen
-        return make_prompt(number, self._sources[chosen].problem(position), sources[chosen], self.tokenizer)
-
-    def _hold_out(self) -> list[Prompt]:
-        held_out: list[Prompt] = []
-        sources = self.source_configs
-        for index, (source, count) in enumerate(zip(sources, shares(sources, self.config.eval_prompts), strict=True)):
-            problems = self._open(source, self.config.eval_seed, held_out=True)
-            available = len(problems) if isinstance(problems, Sized) else None
-            taken = 0
-            overlong_in_a_row = 0
-            for i in itertools.count():
-                if taken == count or i == available:
-                    break
-                # A held-out prompt's id is negative: ids are unique across both sets.
-                prompt = make_prompt(-1 - i * len(sources) - index, problems.problem(i), source, self.tokenizer)
-                if self._fits(prompt):
-                    held_out.append(prompt)
-                    taken += 1
-                    overlong_in_a_row = 0
-                    continue
-                self.held_out_overlong += 1
-                overlong_in_a_row += 1
-                if overlong_in_a_row == MAX_SKIPPED:
-                    raise self._all_too_long(overlong_in_a_row)
-        if not held_out:
-            raise self._all_too_long(self.held_out_overlong)
-        return held_out
-
-    @property
-    def name(self) -> str:
-        """Of all sources together, in messages."""
-        return " + ".join(source.label for source in self.source_configs)
-
-    def _open(self, source: SourceConfig, seed: int, held_out: bool = False) -> Source:
-        if self._source_class is not None:
-            return self._source_class(seed)
-        return open_source(source, self.config, seed, held_out)
+    def _draw(self, mixture: _Mixture, count: int) -> tuple[list[Prompt], int]:
+        """Return the next prompts that can be used, fewer than `count` if there are no more, and the number of overlong
+        ones before them."""
+        drawn: list[Prompt] = []
+        overlong = 0
+        skipped: list[str] = []  # since the last drawn prompt
+        while len(drawn) < count and (prompt := mixture.next(self.tokenizer)) is not None:
+            if not self._fits(prompt):
+                overlong += 1
+                skipped.append("overlong")
+            elif prompt.text in self._held_out_texts:
+                skipped.append("held out")
+            else:
+                drawn.append(prompt)
+                skipped.clear()
+            if len(skipped) == MAX_SKIPPED:
+                raise self._nothing_to_use(skipped.count("overlong"), skipped.count("held out"))
+        return drawn, overlong
 
     def _fits(self, prompt: Prompt) -> bool:
-        """Raises UserError for a prompt that is too long, unless these are to be left out."""
+        """Whether a response fits behind the prompt. Raises UserError if not, with `overlong_prompts="refuse"`."""
         fits = len(prompt.token_ids) <= self.max_prompt_tokens
         if not fits and self.config.overlong_prompts == "refuse":
             raise UserError(
@@ -155,24 +106,56 @@ class PromptStream:
             )
         return fits
 
-    def _all_too_long(self, count: int) -> UserError:
-        return UserError(
-            f"data.overlong_prompts=filter leaves nothing of {self.name}: of {max(count, MAX_SKIPPED)} problems "
-            f"in a row {count} have more than the {self.max_prompt_tokens} tokens that fit beside the response; raise "
-            "model.max_sequence_length"
-        )
+    def _nothing_to_use(self, overlong: int, held_out: int) -> UserError:
+        reasons: list[str] = []
+        if overlong:
+            reasons.append(
+                f"{overlong} have more than the {self.max_prompt_tokens} tokens that fit beside the response "
+                "(data.overlong_prompts=filter); raise model.max_sequence_length"
+            )
+        if held_out:
+            reasons.append(f"{held_out} are held out; lower data.eval_prompts={self.config.eval_prompts}")
+        if not reasons:
+            return UserError(f"{self.name} has no problems; give a source that has some")
+        problems = f"none of {overlong + held_out} problems in a row can be used"
+        return UserError(f"{self.name}: {problems}: {', and '.join(reasons)}, or give other problems")
 
 
-def make_prompt(number: int, problem: Problem, source: SourceConfig, tokenizer: Tokenizer) -> Prompt:
-    """The problem in its source's template, tokenized."""
-    content = _fill_template(problem, source)
-    text = content if isinstance(content, str) else "\n".join(message["content"] for message in content)
-    token_ids = tokenizer.encode_prompt(content)
-    return Prompt(number, text, token_ids, problem.entry, source.verifier, problem.data_source)
+class _Mixture:
+    """Problems of several sources. The next one comes from the source furthest behind its share, so that the shares are
+    exact at any time, without random numbers.
+
+    Args:
+        held_out: end a source with a length after so many problems.
+    """
+
+    def __init__(self, configs: Sequence[SourceConfig], sources: Sequence[Source], held_out: bool) -> None:
+        self._configs, self._sources, self._held_out = configs, sources, held_out
+        self._ends = [len(s) if held_out and isinstance(s, Sized) else math.inf for s in sources]
+        self.positions = [0] * len(sources)
+
+    def next(self, tokenizer: Tokenizer) -> Prompt | None:
+        """The next problem's prompt; None at the end of all sources."""
+        weights = [source.weight for source in self._configs]
+        due = (sum(self.positions) + 1) / sum(weights)
+        behind = {
+            i: due * weight - position
+            for i, (weight, position) in enumerate(zip(weights, self.positions, strict=True))
+            if position < self._ends[i]
+        }
+        if not behind:
+            return None
+        chosen = max(behind, key=behind.__getitem__)  # the first of equals
+        position = self.positions[chosen]
+        self.positions[chosen] += 1
+        # Unique across sources and both sets; one source's ids are its positions, negative for held-out prompts.
+        number = position * len(self._sources) + chosen
+        problem = self._sources[chosen].problem(position)
+        return make_prompt(-1 - number if self._held_out else number, problem, self._configs[chosen], tokenizer)
 
 
 def open_source(source: SourceConfig, config: DataConfig, seed: int, held_out: bool = False) -> Source:
-    """The problems of a source; the held-out ones come from `eval_path` if it has one."""
+    """The problems of a source. Held-out ones come from its `eval_path`, if set."""
     if source.path:
         from megatron_aspo.data.files import FileSource
 
@@ -182,20 +165,10 @@ def open_source(source: SourceConfig, config: DataConfig, seed: int, held_out: b
     return TaskSource(source, seed)
 
 
-def shares(sources: Sequence[SourceConfig], eval_prompts: int) -> list[int]:
-    """`eval_prompts` parted by the sources' weights, the largest remainders rounded up."""
-    exact = [eval_prompts * s.weight / sum(s.weight for s in sources) for s in sources]
-    counts = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
-    for i in by_remainder[: eval_prompts - sum(counts)]:
-        counts[i] += 1
-    return counts
-
-
-def _fill_template(problem: Problem, source: SourceConfig) -> Content:
-    """The problem's content in the source's template; of messages, the last."""
-    messages = None if isinstance(problem.content, str) else problem.content
-    last = problem.content if isinstance(problem.content, str) else problem.content[-1]["content"]
+def make_prompt(number: int, problem: Problem, source: SourceConfig, tokenizer: Tokenizer) -> Prompt:
+    """The prompt of a problem in its source's template, which rewrites the last of several messages; tokenized."""
+    messages = problem.content if isinstance(problem.content, list) else [{"content": problem.content}]
+    last = messages[-1]["content"]
     values = problem.fields | ({} if source.task else {"prompt": last})
     try:
         text = source.template.format(**values)
@@ -204,4 +177,8 @@ def _fill_template(problem: Problem, source: SourceConfig) -> Content:
             f"data.prompt_template: {type(error).__name__} {error}; the fields of {source.label} are "
             f"{', '.join(values)}"
         ) from None
-    return text if messages is None else [*messages[:-1], {**messages[-1], "content": text}]
+    content = text if isinstance(problem.content, str) else [*messages[:-1], {**messages[-1], "content": text}]
+    texts = [message["content"] for message in messages[:-1]] + [text]
+    return Prompt(
+        number, "\n".join(texts), tokenizer.encode_prompt(content), problem.entry, source.verifier, problem.data_source
+    )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import bisect
-import warnings
 from typing import Any
 
-from megatron_aspo.config_data import SourceConfig
+from megatron_aspo.config.data import SourceConfig
 from megatron_aspo.data.problem import Problem
 from megatron_aspo.errors import UserError
+from megatron_aspo.rewards.reasoning_gym import import_reasoning_gym
 
 STREAM_SIZE = 1 << 20
-"""Problems of a stream before it begins again; some tasks make a list of that length."""
+"""Problems until the stream repeats. Some tasks make a list of that length."""
 
 
 class TaskSource:
-    """Problems of a task, from its seeded, random-access stream, or from those of a curriculum's stages in turn."""
+    """Problems of a task's seeded, random-access stream, or of one such stream for each stage of a curriculum."""
 
     def __init__(self, config: SourceConfig, seed: int) -> None:
         self._starts = [stage.after for stage in config.curriculum]
@@ -23,20 +23,10 @@ class TaskSource:
         self._stages = [_create_dataset(config.task, seed, args) for args in arguments]
 
     def problem(self, position: int) -> Problem:
-        """The problem at a position, which may be any number >= 0."""
         stage = self._stages[bisect.bisect_right(self._starts, position)]
         entry: dict[str, Any] = stage[position % STREAM_SIZE]
         question, metadata = entry["question"], entry["metadata"]
         return Problem(question, {**metadata, "question": question}, entry, metadata["source_dataset"])
-
-
-def import_reasoning_gym() -> Any:
-    """Lazily, because the import takes seconds; one of its dependencies warns of its own syntax when compiled."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
-        import reasoning_gym
-
-    return reasoning_gym
 
 
 def _create_dataset(task: str, seed: int, task_args: dict[str, Any]) -> Any:

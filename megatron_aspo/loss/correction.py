@@ -1,7 +1,7 @@
-"""The train/rollout correction: a detached factor rho = pi_old / pi_rollout on the policy gradient.
+"""The correction of the trainer-sampler mismatch: a factor rho = pi_old / pi_rollout on the policy gradient.
 
-The sampler's numerics are not the trainer's, so its samples come from a slightly different policy. The factor
-repairs that; it is separate from the objective's own importance ratio pi / pi_old, and never flipped.
+The sampler's numerics are not the trainer's, so its samples come from a slightly different policy. The factor has no
+gradient. It is separate from the objective's importance ratio pi / pi_old, and never flipped.
 Sources: truncated importance sampling (TIS), F. Yao et al., "Your Efficient RL Framework Secretly Brings You
 Off-Policy RL Training" (2025); masking outside a band (IcePop), Ling team, "Every Step Evolves",
 arXiv 2510.18855; masks of whole responses, J. Liu et al., "When Speed Kills Stability" (2025).
@@ -10,39 +10,21 @@ arXiv 2510.18855; masks of whole responses, J. Liu et al., "When Speed Kills Sta
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_aspo.config import PolicyLossConfig
+from megatron_aspo.config.loss import PolicyLossConfig
 from megatron_aspo.loss.objectives import LOG_RATIO_LIMIT
 from megatron_aspo.loss.responses import Responses
 
 
-@dataclass(frozen=True)
-class RolloutCorrection:
-    """Per token [N].
-
-    Attributes:
-        ratio: rho.
-        factor: what multiplies the policy gradient.
-        cut: where rho was truncated or masked.
-        dropped: tokens of responses that are dropped whole.
-    """
-
-    ratio: Tensor
-    factor: Tensor
-    cut: Tensor
-    dropped: Tensor
-
-
-def rollout_correction(log_ratio: Tensor, dropped: Tensor | None, config: PolicyLossConfig) -> RolloutCorrection:
-    """The factor of every token.
+def correction(log_ratio: Tensor, dropped: Tensor | None, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """The factor of the policy gradient, and metrics: rho, where it was cut, where responses are dropped; [N] each.
 
     Args:
-        log_ratio: [N] log pi_old - log pi_rollout, 0 where masked.
-        dropped: [N] bool, or None where no response can be.
+        log_ratio: [N] log rho, 0 where masked.
+        dropped: [N] bool, or None if no response can be dropped.
     """
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     low, high = config.rollout_ratio_low, config.rollout_ratio_high
@@ -55,12 +37,13 @@ def rollout_correction(log_ratio: Tensor, dropped: Tensor | None, config: Policy
         cut = (ratio < low) | (ratio > high)
         factor = ratio.masked_fill(cut, 0.0)
     if dropped is None:
-        return RolloutCorrection(ratio, factor, cut, torch.zeros_like(cut))
-    return RolloutCorrection(ratio, factor.masked_fill(dropped, 0.0), cut, dropped)
+        dropped = torch.zeros_like(cut)
+    metrics = {"rollout_ratio": ratio, "rollout_cut": cut, "rollout_dropped": dropped}
+    return factor.masked_fill(dropped, 0.0), metrics
 
 
 def dropped_responses(responses: Responses, log_ratio: Tensor, config: PolicyLossConfig) -> Tensor:
-    """[M] log rho of the whole stream, 0 where masked -> [count] bool."""
+    """[M] log rho of the whole stream, 0 where masked -> [count] bool, the responses that the configuration drops."""
     low, high = config.rollout_sequence_band
     geometric_mean = responses.mean(log_ratio).exp()
     dropped = (geometric_mean < low) | (geometric_mean > high)

@@ -1,12 +1,12 @@
-"""`softmax.statistics` and `softmax.gradient` as one Triton kernel each: what they compute is defined there.
+"""`softmax.statistics` and `softmax.gradient` as one Triton kernel each, with the definitions of that module.
 
 One program per row walks over the row's columns in tiles. Both kernels are bound by memory: the statistics read
-the logits once, the gradient reads them once and writes its output once, in place if so asked.
+the logits once, the gradient reads them once and writes its output once, in place if `out` is the logits.
 
-Only `softmax` imports this module, and only to launch a kernel: the library itself does without Triton.
+Only `softmax` imports this module, and only to launch a kernel: the library itself does not need Triton.
 """
 # Triton is not annotated, kernels are not Python, and a launch takes options beside the kernel's parameters.
-# pyright: basic, reportCallIssue=false
+# pyright: basic, reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -20,34 +20,22 @@ NEVER = tl.constexpr(-1e4)
 
 WARPS = 4
 TILE = 2048
-"""Columns at once: 16 a thread, in two to four 16-byte loads. That takes 32 to 72 registers, so 7 to 16 rows share
-a multiprocessor and hide one another's waiting. Few warps and a small tile, because what a row costs apart from
-its whole tiles (the last, partial one; merging the threads' statistics) counts in a shard of 16,000 columns."""
+"""Columns at once: 16 a thread, in two to four 16-byte loads. A thread takes 32 to 72 registers, so 7 to 16 rows
+share a multiprocessor and hide one another's waiting. Few warps and a small tile keep a row's fixed costs low (the
+last, partial tile; merging the threads' statistics), which count in a shard of 16,000 columns."""
 
 
-def statistics(logits: Tensor, targets: Tensor, temperature: float = 1.0, threshold: Tensor | None = None) -> Tensor:
+def statistics(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """[4, n] float32, for logits of at most 32 bits."""
     logits = _rowwise(logits)
     n, columns = logits.shape
     out = torch.empty(4, n, dtype=torch.float32, device=logits.device)
     vector = 16 // logits.element_size()
     threads = 32 * WARPS
+    tile = {"UNROLL": TILE // (threads * vector), "THREADS": threads, "VECTOR": vector, "num_warps": WARPS}
+    arguments = (logits, logits.stride(0), columns, targets.contiguous(), float(temperature), out, n)
     with torch.cuda.device_of(logits):
-        _statistics[(n,)](
-            logits,
-            logits.stride(0),
-            columns,
-            targets.contiguous(),
-            None if threshold is None else threshold.contiguous(),
-            float(temperature),
-            out,
-            n,
-            TEMPERED=temperature != 1,
-            UNROLL=TILE // (threads * vector),
-            THREADS=threads,
-            VECTOR=vector,
-            num_warps=WARPS,
-        )
+        _statistics[(n,)](*arguments, TEMPERED=temperature != 1, **tile)
     return out
 
 
@@ -55,35 +43,22 @@ def gradient(
     logits: Tensor,
     targets: Tensor,
     log_normalizer: Tensor,
+    entropy: Tensor,
     grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
     out: Tensor,
     temperature: float = 1.0,
-    threshold: Tensor | None = None,
-    entropy: Tensor | None = None,
-    grad_entropy: Tensor | None = None,
 ) -> Tensor:
     """Fills and returns `out`; computed in float32, for logits of at most 32 bits."""
-    if entropy is None or grad_entropy is None:
-        entropy = grad_entropy = None
     logits = _rowwise(logits)
     n, columns = logits.shape
-    written = out if out.stride(1) == 1 else out.new_empty(n, columns)
     # contiguous: autograd's gradients may be expanded scalars.
-    vectors = (targets, log_normalizer, grad_logprobs, threshold, entropy, grad_entropy)
+    vectors = (targets, log_normalizer, entropy, grad_logprobs, grad_entropy)
+    contiguous = (None if vector is None else vector.contiguous() for vector in vectors)
+    arguments = (logits, logits.stride(0), columns, *contiguous, float(temperature), out, out.stride(0))
     with torch.cuda.device_of(logits):
-        _gradient[(n,)](
-            logits,
-            logits.stride(0),
-            columns,
-            *(None if vector is None else vector.contiguous() for vector in vectors),
-            float(temperature),
-            written,
-            written.stride(0),
-            TEMPERED=temperature != 1,
-            TILE=TILE,
-            num_warps=WARPS,
-        )
-    return out if written is out else out.copy_(written)
+        _gradient[(n,)](*arguments, TEMPERED=temperature != 1, TILE=TILE, num_warps=WARPS)
+    return out
 
 
 def _rowwise(logits: Tensor) -> Tensor:
@@ -92,15 +67,13 @@ def _rowwise(logits: Tensor) -> Tensor:
 
 
 @triton.jit
-def _tempered(z, temperature, threshold, TEMPERED: tl.constexpr):
+def _tempered(z, temperature, TEMPERED: tl.constexpr):
     """z / temperature, correctly rounded, in float32.
 
     Triton's / is approximate, and its div_rn takes more instructions than all the rest. The remainder of the
     approximate quotient, which a fused multiply-add leaves exact, corrects it (Markstein); inf has none.
     """
     z = z.to(tl.float32)
-    if threshold is not None:
-        z = tl.where(z < threshold, float("-inf"), z)
     if TEMPERED:
         reciprocal = tl.div_rn(1.0, temperature)  # the compiler moves it out of the loop
         quotient = z * reciprocal
@@ -129,7 +102,6 @@ def _statistics(
     stride,
     columns,
     targets,
-    threshold,
     temperature,
     out,
     n,
@@ -140,13 +112,11 @@ def _statistics(
 ):
     row = tl.program_id(0).to(tl.int64)  # rows * stride may pass 2^31
     logits += row * stride
-    if threshold is not None:
-        threshold = tl.load(threshold + row)
     # Read before the loop: at its end the row would wait for it.
     target = tl.load(targets + row)
-    target_z = _tempered(tl.load(logits + target, mask=target >= 0, other=0.0), temperature, threshold, TEMPERED)
-    # The tile's shape says who reads what: VECTOR neighbours are one thread's 16-byte load. So each thread keeps
-    # the statistics of what it reads, and threads need not wait for one another before the row's end.
+    target_z = _tempered(tl.load(logits + target, mask=target >= 0, other=0.0), temperature, TEMPERED)
+    # The tile's shape defines the threads' loads: VECTOR neighbours are one thread's 16-byte load. Each thread keeps
+    # the statistics of its own loads, and threads need not wait for one another before the row's end.
     column = tl.arange(0, UNROLL)[:, None, None] * THREADS + tl.arange(0, THREADS)[None, :, None]
     column = column * VECTOR + tl.arange(0, VECTOR)[None, None, :]
     m = tl.full([THREADS], LOWEST, tl.float32)  # not -inf, so that m - m is 0
@@ -156,10 +126,10 @@ def _statistics(
     whole = columns // (UNROLL * THREADS * VECTOR) * (UNROLL * THREADS * VECTOR)
     for start in range(0, whole, UNROLL * THREADS * VECTOR):
         z = tl.load(logits + start + column)
-        m, s, q = _include(m, s, q, _tempered(z, temperature, threshold, TEMPERED))
+        m, s, q = _include(m, s, q, _tempered(z, temperature, TEMPERED))
     if whole < columns:
         z = tl.load(logits + whole + column, mask=whole + column < columns, other=float("-inf"))
-        m, s, q = _include(m, s, q, _tempered(z, temperature, threshold, TEMPERED))
+        m, s, q = _include(m, s, q, _tempered(z, temperature, TEMPERED))
     top = tl.max(m, 0)
     shift = tl.maximum(m - top, NEVER)
     scale = tl.exp(shift)
@@ -177,9 +147,8 @@ def _gradient(
     columns,
     targets,
     log_normalizer,
-    grad_logprobs,
-    threshold,
     entropy,
+    grad_logprobs,
     grad_entropy,
     temperature,
     out,
@@ -193,21 +162,19 @@ def _gradient(
     target = tl.load(targets + row).to(tl.int32)
     log_normalizer = tl.load(log_normalizer + row).to(tl.float32)
     grad_logprobs = tl.div_rn(tl.load(grad_logprobs + row).to(tl.float32), temperature)
-    if threshold is not None:
-        threshold = tl.load(threshold + row)
-    if entropy is not None:
-        entropy = tl.load(entropy + row).to(tl.float32)
+    entropy = tl.load(entropy + row).to(tl.float32)
+    if grad_entropy is not None:
         grad_entropy = tl.div_rn(tl.load(grad_entropy + row).to(tl.float32), temperature)
     whole = columns // TILE * TILE
     for start in range(0, whole, TILE):
         column = start + tl.arange(0, TILE)
-        z = _tempered(tl.load(logits + column), temperature, threshold, TEMPERED) - log_normalizer
+        z = _tempered(tl.load(logits + column), temperature, TEMPERED) - log_normalizer
         grad = _gradient_of(z, column == target, grad_logprobs, entropy, grad_entropy)
         tl.store(out + column, grad.to(out.dtype.element_ty))
     if whole < columns:
         column = whole + tl.arange(0, TILE)
         inside = column < columns
-        z = _tempered(tl.load(logits + column, mask=inside), temperature, threshold, TEMPERED) - log_normalizer
+        z = _tempered(tl.load(logits + column, mask=inside), temperature, TEMPERED) - log_normalizer
         grad = _gradient_of(z, column == target, grad_logprobs, entropy, grad_entropy)
         tl.store(out + column, grad.to(out.dtype.element_ty), mask=inside)
 
@@ -215,6 +182,6 @@ def _gradient(
 @triton.jit
 def _gradient_of(log_p, is_target, d, entropy, d_entropy):
     slope = -d
-    if entropy is not None:
+    if d_entropy is not None:
         slope -= (tl.maximum(log_p, NEVER) + entropy) * d_entropy
     return slope * tl.exp(log_p) + tl.where(is_target, d, 0.0)

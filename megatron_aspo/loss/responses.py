@@ -1,10 +1,10 @@
-"""What belongs to a whole response: lengths, means, quantiles; also where context parallelism splits it."""
-# torch.unique and torch.distributed are not annotated.
+"""Per-response quantities (lengths, means, quantiles), exact also where context parallelism splits responses."""
+# torch.distributed is not annotated.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,61 +18,59 @@ from megatron_aspo.loss.collectives import all_gather, group_rank, group_size
 class Responses:
     """The responses of a stream of M = cp N tokens, of which this context-parallel rank holds N.
 
+    Per-response tensors have M slots, since there are at most M responses; unused slots have length 0. Their number
+    depends on no value, so a GPU need not be waited for.
+
     Attributes:
-        index: [M] int64 in [0, count), which response a token belongs to.
+        index: [M] int64, the slot of the response that a token belongs to.
         mask: [M] bool.
-        lengths: [count] float64, unmasked tokens of each response; some may have none.
-        own: where this rank's tokens stand in the stream.
-        counted_here: whether this rank reports the number of responses: one rank of the group does.
+        lengths: [M] float64, unmasked tokens of each response; some responses may have none.
+        own: the place of this rank's tokens in the stream.
     """
 
     index: Tensor
     mask: Tensor
     lengths: Tensor
     own: slice
-    counted_here: bool
 
     @staticmethod
-    def of(
-        mask: Tensor, sequence_ids: Tensor, cp_group: dist.ProcessGroup | None, values: Sequence[Tensor] = ()
-    ) -> tuple[Responses, list[Tensor]]:
-        """The responses, and `values` for the whole stream in float64. One all-gather if `cp_group` has ranks.
-
-        Args:
-            mask, sequence_ids: [N], of this rank's tokens; an id means the same response on all ranks.
-            values: [N] each, 0 where masked.
-        """
-        tokens = mask.numel()
-        # float64 carries ids and float32 values exactly.
-        rows = torch.stack([row.double() for row in (mask, sequence_ids, *values)])
-        if group_size(cp_group) > 1:
-            rows = all_gather(rows, cp_group).view(group_size(cp_group), *rows.shape).transpose(0, 1).flatten(1)
-        whole_mask = rows[0] != 0
-        distinct, index = torch.unique(rows[1], return_inverse=True)
-        lengths = torch.zeros(distinct.numel(), dtype=torch.float64, device=mask.device)
-        lengths.index_add_(0, index, rows[0])
+    def from_ids(
+        mask: Tensor, sequence_ids: Tensor, cp_group: dist.ProcessGroup | None, values: Mapping[str, Tensor]
+    ) -> tuple[Responses, dict[str, Tensor]]:
+        """The responses, and `values` (name -> [N], 0 where masked) of the whole stream in float64. One all-gather if
+        `cp_group` has ranks; equal ids are one response on all of them."""
+        tokens, ranks = mask.numel(), group_size(cp_group)
+        # float64 holds ids and float32 values exactly.
+        rows = torch.stack([row.double() for row in (mask, sequence_ids, *values.values())])
+        if ranks > 1:
+            rows = all_gather(rows, cp_group).view(ranks, *rows.shape).transpose(0, 1).flatten(1)
+        ascending, order = rows[1].sort()
+        slots = torch.zeros_like(order)
+        slots[1:] = (ascending[1:] != ascending[:-1]).cumsum(0)
+        index = torch.empty_like(order).scatter_(0, order, slots)
+        lengths = torch.zeros_like(ascending).index_add_(0, index, rows[0])
         first = group_rank(cp_group) * tokens
         own = slice(first, first + tokens)
-        return Responses(index, whole_mask, lengths, own, group_rank(cp_group) == 0), list(rows[2:])
+        return Responses(index, rows[0] != 0, lengths, own), dict(zip(values, rows[2:], strict=True))
 
     def spread(self, per_response: Tensor) -> Tensor:
-        """[count] -> [N]: each of this rank's tokens gets its response's value."""
+        """[M] per response -> [N]: the value of the response of each of this rank's tokens."""
         return per_response[self.index[self.own]]
 
     def count(self) -> Tensor:
-        """How many responses have a token; 0 on all ranks of the context-parallel group but one."""
-        return (self.lengths > 0).sum() * self.counted_here
+        """Responses with an unmasked token; 0 on all ranks of the context-parallel group but the first."""
+        return (self.lengths > 0).sum() * (self.own.start == 0)
 
     def mean(self, values: Tensor) -> Tensor:
-        """[M] -> [count]: means of `values` (0 where masked) over responses."""
+        """[M] per token, 0 where masked -> [M] per response: the means."""
         return torch.zeros_like(self.lengths).index_add(0, self.index, values) / self.lengths.clamp(min=1)
 
     def minimum(self, values: Tensor) -> Tensor:
-        """[M] -> [count]: the least of `values` (0 where masked) and 0."""
+        """[M] per token, 0 where masked -> [M] per response: the least value, at most 0."""
         return torch.zeros_like(self.lengths).scatter_reduce(0, self.index, values, "amin")
 
     def quantile(self, values: Tensor, q: float) -> Tensor:
-        """[M] -> [count]: the (linearly interpolated) q-quantile of each response's unmasked values."""
+        """[M] per token -> [M] per response: the linearly interpolated q-quantile of the unmasked values."""
         if not values.numel():
             return torch.zeros_like(self.lengths)
         # Sort by (masked last, response, value): a response's tokens then stand together in ascending order.

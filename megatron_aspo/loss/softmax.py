@@ -2,11 +2,11 @@
 
 Rank k of a tensor-parallel group holds the logits of tokens [k V/tp, (k+1) V/tp). Per row four numbers describe
 a shard: m = max z, S = sum e^(z-m), Q = sum e^(z-m) (z-m), and the target's z (0 on ranks that do not own it).
-They merge as in flash-softmax, and the merged ones give the log-prob, the entropy, and all that the gradient
-needs. So one small collective is enough, whoever holds the logits and however they were made.
+They merge as in flash-softmax. The merged numbers give the log-prob, the entropy, and all that the gradient needs, so
+one small collective is enough.
 
-`statistics` and `gradient` are the element-wise work. Here they are plain torch, the reference; on CUDA they
-are one Triton kernel each (`megatron_aspo.loss.kernels`).
+`statistics` and `gradient` are the element-wise work. The versions here are plain torch, the reference; on CUDA each is
+one Triton kernel (`megatron_aspo.loss.kernels`).
 """
 
 from __future__ import annotations
@@ -34,14 +34,12 @@ _TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Logits worked on at once by the torch reference: what a core's cache holds, or enough to fill a GPU."""
 
 
-def statistics(logits: Tensor, targets: Tensor, temperature: float = 1.0, threshold: Tensor | None = None) -> Tensor:
+def statistics(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """The four numbers (m, S, Q, target's z) of each row of a shard, where z = logits / temperature.
 
     Args:
         logits: [n, V/tp], any floating type; V/tp may be 0.
         targets: [n] int64, column of the target in this shard, -1 where another rank owns it.
-        temperature: > 0.
-        threshold: [n] float32; logits (before the temperature) below it count as -inf.
 
     Returns:
         [4, n] float32 (float64 for float64).
@@ -49,13 +47,13 @@ def statistics(logits: Tensor, targets: Tensor, temperature: float = 1.0, thresh
     if _use_triton(logits):
         from megatron_aspo.loss import kernels
 
-        return kernels.statistics(logits, targets, temperature, threshold)
+        return kernels.statistics(logits, targets, temperature)
     out = torch.empty(4, logits.shape[0], dtype=statistics_dtype(logits.dtype), device=logits.device)
     if not logits.shape[1]:
         out.zero_()[0] = LOWEST
         return out
-    for rows in tiles(logits):
-        z = tempered(logits[rows], temperature, None if threshold is None else threshold[rows])
+    for rows in _tiles(logits):
+        z = _tempered(logits[rows], temperature)
         m, s, q, target = out[:, rows].unbind()
         own = targets[rows]
         target.copy_(torch.where(own >= 0, z.gather(1, own.clamp(min=0)[:, None])[:, 0], 0.0))
@@ -70,38 +68,31 @@ def gradient(
     logits: Tensor,
     targets: Tensor,
     log_normalizer: Tensor,
+    entropy: Tensor,
     grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
     out: Tensor,
     temperature: float = 1.0,
-    threshold: Tensor | None = None,
-    entropy: Tensor | None = None,
-    grad_entropy: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the logits: d logprob/dz = onehot - p;  d entropy/dz = -p (log p + H).
+    """Fill `out` with the gradient of the logits: d logprob/dz = onehot - p;  d entropy/dz = -p (log p + H).
 
     Args:
-        logits, targets, temperature, threshold: as in `statistics`.
-        log_normalizer: [n], log sum e^z over the whole vocabulary.
-        grad_logprobs: [n], gradient of the loss in the targets' log-probs.
-        out: [n, V/tp], any floating type; may be `logits` itself.
-        entropy, grad_entropy: [n] or both None.
-
-    Returns:
-        `out`.
+        logits, targets, temperature: as in `statistics`.
+        log_normalizer, entropy: [n], log sum e^z and H over the whole vocabulary.
+        grad_logprobs, grad_entropy: [n], the loss's gradients in the targets' log-probs and in the entropy.
+        out: [n, V/tp], any floating type, the elements of a row side by side; may be `logits` itself.
     """
     if _use_triton(logits):
         from megatron_aspo.loss import kernels
 
-        return kernels.gradient(
-            logits, targets, log_normalizer, grad_logprobs, out, temperature, threshold, entropy, grad_entropy
-        )
+        return kernels.gradient(logits, targets, log_normalizer, entropy, grad_logprobs, grad_entropy, out, temperature)
     if not logits.shape[1]:
         return out
-    for rows in tiles(logits):
-        z = tempered(logits[rows], temperature, None if threshold is None else threshold[rows])
+    for rows in _tiles(logits):
+        z = _tempered(logits[rows], temperature)
         z.sub_(log_normalizer[rows, None])
         d = (grad_logprobs[rows] / temperature).to(z.dtype)
-        if entropy is None or grad_entropy is None:
+        if grad_entropy is None:
             grad = z.exp_().mul_(-d[:, None])
         else:
             p = z.exp()
@@ -134,12 +125,7 @@ def merge(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def local_targets(targets: Tensor, columns: int, vocab_shard: int, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """Global token ids -> columns of this rank's shard, -1 where another rank owns them.
-
-    Args:
-        targets: any integers.
-        columns: those of the rank's `vocab_shard` rows of the vocabulary that are real tokens.
-    """
+    """Token ids -> columns of this rank's shard, of which `columns` are tokens; -1 where another rank owns them."""
     local = targets.long() - vocab_shard * group_rank(tp_group)
     return local.masked_fill((local < 0) | (local >= columns), -1)
 
@@ -155,15 +141,13 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def tempered(logits: Tensor, temperature: float, threshold: Tensor | None) -> Tensor:
-    """A copy in the statistics' type, truncated and divided by the temperature; safe to overwrite."""
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """A copy in the statistics' type, divided by the temperature; safe to overwrite."""
     z = logits.to(statistics_dtype(logits.dtype), copy=True)
-    if threshold is not None:
-        z.masked_fill_(z.float() < threshold[:, None], -torch.inf)  # as the threshold was found
     return z.div_(temperature) if temperature != 1 else z
 
 
-def tiles(logits: Tensor) -> Iterator[slice]:
+def _tiles(logits: Tensor) -> Iterator[slice]:
     step = max(1, _TILE_ELEMENTS.get(logits.device.type, 1 << 24) // max(1, logits.shape[1]))
     for start in range(0, logits.shape[0], step):
         yield slice(start, min(start + step, logits.shape[0]))

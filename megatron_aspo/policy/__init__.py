@@ -1,12 +1,12 @@
-"""The policy: model, optimizer, checkpoints. The only room that reads Megatron's parallel state."""
+"""The policy: model, optimizer, checkpoints. The only room of the loop that reads Megatron's parallel state."""
 
 import logging
 import warnings
 
-from megatron_aspo.policy.cpu import import_megatron
+from megatron_aspo.policy.cpu.cuda import import_megatron
 
-# Megatron-Core tells at import, and then at every step, of each optional package that is not there and of its own
-# deprecated calls. That is for its developers; errors still come through.
+# Megatron-Core warns at import, and again at every step, of each optional package that is missing and of its own
+# deprecated calls. Errors still come through.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 for _noise in (
     "`torch.distributed.",

@@ -1,248 +1,311 @@
 """Checkpoints with Megatron's dist_checkpointing: written at one layout, read at any other.
 
-A checkpoint is a folder `step_000025`: `meta.json` (step, data position, ...), the model's and optimizer's
-shards, `rng/`, the random states of every rank, and `batches.pt` if batches had been sampled ahead.
-It is written under another name and renamed when complete, so that a half-written one is never picked up.
+A checkpoint is a folder `step_000025` with `meta.json` (step, data position, ...), the shards of model and optimizer,
+and batches that had been sampled ahead (`saved_batches`). It is written under another name and renamed when it is
+complete. It has no random states: every draw is seeded by the configuration, its prompt and its purpose.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import pickle
-import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_aspo.config import ModelConfig
+from megatron_aspo.batch import Batch
+from megatron_aspo.config.model import ModelConfig
+from megatron_aspo.config.training import CheckpointConfig
 from megatron_aspo.errors import RunError, UserError
+from megatron_aspo.journal.files import fresh_folder, partial_path, publish, writing
+from megatron_aspo.journal.folder import META_FILE, STEP_PREFIX, abandon, list_checkpoints, read_meta
+from megatron_aspo.policy.background import BackgroundWrite
+from megatron_aspo.policy.saved_batches import save_batches, save_groups
+from megatron_aspo.policy.shard_grid import grid_checks
 from megatron_aspo.policy.trainer import Policy
-from megatron_aspo.run_folder import META_FILE, PARTIAL_SUFFIX, STEP_PREFIX, list_checkpoints, read_meta, step_of
-from megatron_aspo.types import Batch
+from megatron_aspo.ranks.gathering import gather_objects
+from megatron_aspo.ranks.process_group import warn
 
-# The one format of the distributed optimizer that can be read at another layout.
 _OPTIMIZER_FORMAT = {
+    # The distributed optimizer's only format that can be read at another layout.
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
+    # Data-parallel rank 0 gathers the states in host memory, over gloo. Without this every rank gathers whole float32
+    # buffers on its GPU.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
 }
 
-_BATCHES_FILE = "batches.pt"
+_ENGINE_STATE = "_extra_state"
+"""End of the names of Transformer Engine's FP8 state, one object for each of its layers; empty save with "delayed"."""
 
-# Of the model's section, but no property of its weights.
+# Settings of the section `model` that do not change its weights.
 _TRAINING_SETTINGS = ("moe_aux_loss_coef", "moe_z_loss_coef")
 
 
+class Saver:
+    """The checkpoints of a run in `root`, each published when all its files are written. Every method is collective.
+
+    With `checkpoint.asynchronous` training goes on while they are written, one checkpoint at a time.
+    """
+
+    def __init__(self, root: Path, config: CheckpointConfig) -> None:
+        self._root, self._config = root, config
+        self._pending: BackgroundWrite | None = None
+        self._times: dict[str, float] = {}
+
+    def save(
+        self,
+        step: int,
+        policy: Policy,
+        state: dict[str, Any],
+        batches: Sequence[Batch] = (),
+        groups: dict[str, Any] | None = None,
+        *,
+        wait: bool,
+    ) -> None:
+        """Publish the checkpoint before, then write this one as `save` does; return when it is published if `wait`."""
+        self._finish()
+        write = _start_save(self._root, step, policy, state, self._config.keep, batches, groups)
+        if wait or not self._config.asynchronous:
+            write.finish()
+        else:
+            self._pending = write
+
+    def published(self) -> dict[str, float]:
+        """Publish a complete checkpoint, without waiting. Return the seconds that one published since the last call
+        took from its start, as a metric."""
+        if self._pending is not None and self._pending.is_done():
+            self._finish()
+        times, self._times = self._times, {}
+        return times
+
+    def _finish(self) -> None:
+        if self._pending is not None:
+            self._times = {"time/checkpoint_published": self._pending.finish()}
+            self._pending = None
+
+
 def save(
-    root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int = 0, batches: Sequence[Batch] = ()
+    root: Path,
+    step: int,
+    policy: Policy,
+    state: dict[str, Any],
+    keep: int = 0,
+    batches: Sequence[Batch] = (),
+    groups: dict[str, Any] | None = None,
 ) -> Path:
     """Write `root/step_<step>` and delete all but the `keep` newest (0 keeps all). Collective.
 
+    Existing checkpoints of this and later steps belong to an abandoned attempt and are renamed, see `abandon`.
+
     Args:
         state: JSON-serialisable, the same on every rank; `load` returns it.
-        batches: sampled ahead, the same on every rank; `load_batches` returns them.
+        batches: sampled ahead, the same on every rank; `saved_batches.load_batches` returns them.
+        groups: those in progress, on rank 0; `saved_batches.load_groups` returns them.
 
     Raises:
-        RunError: it could not be written.
+        RunError: the checkpoint could not be written.
     """
-    final = root / f"{STEP_PREFIX}{step:06d}"
-    partial = root / (final.name + PARTIAL_SUFFIX)
-    _on_rank_0(lambda: _fresh_folder(partial))
+    _start_save(root, step, policy, state, keep, batches, groups).finish()
+    return root / f"{STEP_PREFIX}{step:06d}"
+
+
+def _start_save(
+    root: Path, step: int, policy: Policy, state: dict[str, Any], keep: int, batches: Sequence[Batch], groups: Any
+) -> BackgroundWrite:
+    path = root / f"{STEP_PREFIX}{step:06d}"
+    progress = {"step": step, "weight_version": policy.weight_version, "state": state}
+
+    def finish() -> None:
+        abandon(root, step)
+        _publish(path, policy, progress)
+        for old in list_checkpoints(root)[:-keep] if keep else []:
+            shutil.rmtree(old)
+
     # Before the first update (every group was dropped so far) the optimizer has no state, and Megatron cannot save it.
-    _save_sharded(_sharded_state(policy, with_optimizer=policy.updates > 0), partial)
-    with _writing(partial):
-        (partial / "rng").mkdir(exist_ok=True)
-        torch.save(_rng_state(), partial / "rng" / f"rank{dist.get_rank():05d}.pt")
-    meta = {
-        "step": step,
-        "updates": policy.updates,
-        **_model_meta(policy),
-        "layout": _layout(policy),
-        "state": state,
-    }
-
-    def publish() -> None:
-        if batches:
-            torch.save(list(batches), partial / _BATCHES_FILE)
-        _publish(partial, final, meta)
-        # A run that went back to an older checkpoint has left the newer ones behind: they are not its future.
-        stale = [path for path in list_checkpoints(root) if step_of(path) > step]
-        kept = [path for path in list_checkpoints(root) if path not in stale]
-        for path in stale + (kept[:-keep] if keep else []):
-            shutil.rmtree(path)
-
-    dist.barrier()
-    _on_rank_0(publish)
-    return final
-
-
-def load(path: Path, policy: Policy) -> tuple[int, dict[str, Any]]:
-    """Read model, optimizer, schedule and random states into `policy`; return (step, state). Collective.
-
-    Hyper-parameters (learning rate, weight decay, ...) are the configuration's, not the checkpoint's. Random
-    states are restored when the layout is the one that wrote them.
-
-    Raises:
-        UserError: no complete checkpoint at `path`, or one of another model.
-    """
-    meta = check_same_model(path, policy)
-    updated = meta["updates"] > 0
-    loaded = _load_sharded(_sharded_state(policy, with_optimizer=updated, is_loading=True), path)
-    policy.model.module.load_state_dict(loaded["model"])
-    if updated:
-        _load_optimizer(policy, loaded["optimizer"])
-    else:
-        policy.optimizer.reload_model_params()
-    policy.scheduler.step(meta["updates"])
-    policy.updates = meta["updates"]
-    layout = {"expert_tensor": meta["layout"]["tensor"]} | meta["layout"]  # older versions had no other
-    if layout == _layout(policy):
-        _set_rng_state(torch.load(path / "rng" / f"rank{dist.get_rank():05d}.pt", weights_only=False))
-    return meta["step"], meta["state"]
-
-
-def load_batches(path: Path) -> list[Batch]:
-    """The batches that had been sampled ahead when the checkpoint was written.
-
-    Raises:
-        UserError: they cannot be read.
-    """
-    file = path / _BATCHES_FILE
-    if not file.is_file():
-        return []
-    try:
-        return torch.load(file, weights_only=False)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read {file}: {reason}; resume from an older checkpoint") from None
+    write = _save_sharded(path, policy, finish, with_optimizer=policy.weight_version > 0)
+    if batches:
+        save_batches(partial_path(path), batches)
+    if groups is not None:
+        _on_rank_0(partial_path(path), lambda: save_groups(partial_path(path), groups))
+    return write
 
 
 def save_weights(path: Path, policy: Policy) -> None:
     """Write the model alone, atomically. Collective."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    _on_rank_0(lambda: _fresh_folder(partial))
-    _save_sharded(_sharded_state(policy, with_optimizer=False), partial)
-    meta = _model_meta(policy)
+    _save_sharded(path, policy, lambda: _publish(path, policy, {}), with_optimizer=False).finish()
 
-    dist.barrier()
-    _on_rank_0(lambda: _publish(partial, path, meta))
+
+def abandon_newer(root: Path, resumed: Path, step: int) -> list[Path]:
+    """Rename the checkpoints that are newer than `resumed`, of `step`, from which a run resumes. Collective.
+
+    Returns:
+        The new paths, on rank 0; empty on the other ranks.
+    """
+    renamed: list[Path] = []
+    _on_rank_0(root, lambda: renamed.extend(abandon(root, step, resumed)))
+    return renamed
+
+
+def load(path: Path, policy: Policy) -> tuple[int, dict[str, Any]]:
+    """Read model, optimizer and schedule into `policy`; return (step, state). Collective.
+
+    Hyper-parameters (learning rate, weight decay, ...) come from the configuration, not from the checkpoint.
+
+    Raises:
+        UserError: `path` is no complete checkpoint, or has another model.
+    """
+    meta = check_same_model(path, policy.config.model)
+    updates = meta["weight_version"]
+    _load_sharded(path, policy, with_optimizer=updates > 0)
+    policy.scheduler.step(updates)
+    policy.weight_version = updates
+    return meta["step"], meta["state"]
 
 
 def load_weights(path: Path, policy: Policy) -> None:
-    """Read the model alone, from a checkpoint or from what `save_weights` wrote; the optimizer takes the weights
-    over. Collective."""
-    check_same_model(path, policy)
-    loaded = _load_sharded(_sharded_state(policy, with_optimizer=False), path)
-    policy.model.module.load_state_dict(loaded["model"])
-    policy.optimizer.reload_model_params()
+    """Read the model alone, from a folder of `save` or `save_weights`, and update the optimizer's copy. Collective."""
+    check_same_model(path, policy.config.model)
+    _load_sharded(path, policy, with_optimizer=False)
 
 
-def _model_meta(policy: Policy) -> dict[str, Any]:
-    """What tells whether a checkpoint is of the same model."""
-    meta: dict[str, Any] = {"model": dataclasses.asdict(policy.config.model)}
-    if policy.config.model.hf_path:
-        from megatron_aspo.policy import hf  # takes seconds to import, but has been by now
-
-        meta["hf_config"] = hf.read_config(policy.config.model.hf_path)
-    return meta
-
-
-def check_same_model(path: Path, policy: Policy) -> dict[str, Any]:
-    """The `meta.json` of a checkpoint whose model is the policy's.
+def check_same_model(path: Path, model: ModelConfig) -> dict[str, Any]:
+    """Return the `meta.json` of a checkpoint.
 
     Raises:
-        UserError: it is another one; the settings that differ are named.
+        UserError: the checkpoint has another model; the message names the settings that differ.
     """
     meta = read_meta(path)
-    current = _model_meta(policy)
-    # What an older version did not know yet had its default.
-    theirs, ours = dataclasses.asdict(ModelConfig()) | meta["model"], current["model"]
-    if theirs["hf_path"] and ours["hf_path"]:
-        if "hf_config" in meta:  # a folder may move: what counts is what its config.json says
-            theirs, ours = (
-                {**m, **c, "hf_path": ""} for m, c in ((theirs, meta["hf_config"]), (ours, current["hf_config"]))
-            )
-        else:
-            theirs, ours = (model | {"hf_path": os.path.realpath(model["hf_path"])} for model in (theirs, ours))
-    different = [
-        key
-        for key in sorted(ours.keys() | theirs.keys())
-        if theirs.get(key) != ours.get(key) and key not in _TRAINING_SETTINGS
-    ]
+    saved, current = _model_settings(meta), _model_settings(_model_meta(model))
+    different = [key for key in sorted(saved.keys() | current.keys()) if saved.get(key) != current.get(key)]
     if different:
         raise UserError(
-            f"{path} was written by another model: {', '.join(f'{k}={theirs.get(k)}' for k in different)}, "
-            f"here {', '.join(f'{k}={ours.get(k)}' for k in different)}; use its configuration or another run name"
+            f"{path} was written by another model: {', '.join(f'{k}={saved.get(k)}' for k in different)}, "
+            f"here {', '.join(f'{k}={current.get(k)}' for k in different)}; use its configuration or another run name"
         )
     return meta
 
 
-def _sharded_state(policy: Policy, with_optimizer: bool, is_loading: bool = False) -> dict[str, Any]:
-    # The state of the unwrapped model: DistributedDataParallel would prefix the names on one side only.
-    model = policy.model.module.sharded_state_dict()
-    state: dict[str, Any] = {"model": model}
-    if with_optimizer:
-        for optimizer in _optimizers(policy) if is_loading else []:
-            # Loading copies into existing moments; without a step taken there are none yet.
-            optimizer._init_optimizer_states_with_dummy_values()
-        state["optimizer"] = policy.optimizer.sharded_state_dict(
-            dict(model), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
+def _model_meta(model: ModelConfig) -> dict[str, Any]:
+    """Entries of `meta.json` that describe the model."""
+    meta: dict[str, Any] = {"model": dataclasses.asdict(model)}
+    if model.hf_path:
+        from megatron_aspo.policy.hf import bridge  # takes seconds to import, and has been imported with the model
+
+        meta["hf_config"] = bridge.read_config(model.hf_path)
+    return meta
+
+
+def _model_settings(meta: dict[str, Any]) -> dict[str, Any]:
+    """Settings that determine the weights; a Hugging Face folder counts by its config.json, because it may move."""
+    # A checkpoint written before a setting existed has the setting's default.
+    settings = dataclasses.asdict(ModelConfig()) | meta["model"] | meta.get("hf_config", {})
+    hf_path = bool(meta["model"]["hf_path"])
+    return {key: value for key, value in settings.items() if key not in _TRAINING_SETTINGS} | {"hf_path": hf_path}
+
+
+def _on_rank_0(path: Path, action: Callable[[], object]) -> None:
+    """Run `action`, which writes `path`, on rank 0; the other ranks wait. Collective.
+
+    Raises:
+        RunError: on every rank, if it failed.
+    """
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            with writing(path):
+                action()
+        except RunError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise RunError(failure[0])
+
+
+def _publish(path: Path, policy: Policy, meta: dict[str, Any]) -> None:
+    meta |= _model_meta(policy.config.model)
+    (partial_path(path) / META_FILE).write_text(json.dumps(meta, indent=1))
+    publish(path)
+
+
+def _sharded_state(policy: Policy, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
+    # The states of the unwrapped chunks: DistributedDataParallel would prefix the names on one side only. Shards have
+    # the layers' numbers in the whole model, whatever chunk they are in.
+    model = {str(i): chunk.module.sharded_state_dict() for i, chunk in enumerate(policy.whole_chunks())}
+    if not with_optimizer:
+        return {"model": model}
+    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _save_sharded(path: Path, policy: Policy, finish: Callable[[], None], with_optimizer: bool) -> BackgroundWrite:
+    """Start to write the shards. `finish` is called on rank 0 when all of them are complete."""
+    partial = partial_path(path)
+    _on_rank_0(partial, lambda: fresh_folder(partial))
+    live = [t for chunk in policy.chunks for t in (*chunk.module.parameters(), *chunk.module.buffers())]
+    with writing(partial, CheckpointException), grid_checks():
+        request = dist_checkpointing.save(
+            _sharded_state(policy, with_optimizer, is_loading=False),
+            str(partial),
+            async_sharded_save=True,
+            async_strategy="mcore",
         )
-    return state
+    return BackgroundWrite(request, partial, live, lambda: _on_rank_0(partial, finish))
 
 
-def _save_sharded(state: dict[str, Any], path: Path) -> None:
-    with _writing(path):
-        dist_checkpointing.save(state, str(path))
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Megatron's and torch's writers say of a full disk that a worker failed, or that a position is unexpected: what is
-    free there is told with it. A rank that is lost, or memory, is no failure to write."""
+def _load_sharded(path: Path, policy: Policy, with_optimizer: bool) -> None:
+    """Load the weights, and either the optimizer's state or its copy of the weights."""
+    for optimizer in policy.optimizer.chained_optimizers if with_optimizer else []:
+        # Loading copies into existing moments, which the first update creates.
+        optimizer._init_optimizer_states_with_dummy_values()
+    state = _sharded_state(policy, with_optimizer, is_loading=True)
     try:
-        yield
-    except (CheckpointException, OSError) as error:
-        # The last line: torch's message has the tracebacks of all ranks in it.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        free = shutil.disk_usage(path.parent).free / (1 << 30)
-        room = " (make room)" if free < 1 else ""  # the writer's failure may have another cause
-        raise RunError(f"cannot write {path}: {reason}; {free:.2f} GiB are free on its disk{room}") from error
-
-
-def _load_sharded(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    try:
-        loaded: Any = dist_checkpointing.load(state, str(path))
-        return loaded
+        with grid_checks():
+            loading: Any = dist_checkpointing.load(state, str(path), strict=StrictHandling.RETURN_UNEXPECTED)
+        loaded, _, absent = loading
     except (dist_checkpointing.core.CheckpointingException, CheckpointException, OSError, EOFError) as error:
-        # The last line: torch's message has the tracebacks of all ranks in it.
+        # The last line: torch's message contains the tracebacks of all ranks.
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(f"cannot read checkpoint {path}: {reason}; resume from an older one") from None
+    # Local layers, those of a run on a CPU, have no `_extra_state`.
+    everywhere = set[str]().union(*gather_objects(absent))
+    if lacking := sorted(key for key in everywhere if not key.endswith(_ENGINE_STATE)):
+        raise UserError(f"checkpoint {path} lacks {lacking[0]}; resume from another one, or start a new run")
+    states = (v for state in loaded["model"].values() for name, v in state.items() if name.endswith(_ENGINE_STATE))
+    if policy.config.fp8.recipe == "delayed" and not any(torch.is_tensor(s) and s.numel() for s in states):
+        warn(f"{path} has no scales of fp8.recipe=delayed; they start at 1, so the first pass rounds coarsely")
+    # Transformer Engine's `_extra_state`, the scales of fp8.recipe=delayed, is pickled. It is unpickled only with this
+    # variable. Checkpoints are trusted: their batches are unpickled too.
+    os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
+    for i, chunk in enumerate(policy.chunks):
+        chunk.module.load_state_dict(loaded["model"][str(i)], strict=not everywhere)
+    if with_optimizer:
+        _load_optimizer(policy, loaded["optimizer"])
+    else:
+        policy.optimizer.reload_model_params()
 
 
 def _load_optimizer(policy: Policy, state: dict[Any, Any]) -> None:
-    """What `DistributedOptimizer.load_state_dict` should do when neither TE nor apex is there.
+    """Load the optimizer's state, with a separate `step` for each parameter.
 
-    Without them torch's AdamW keeps a `step` tensor per parameter. Megatron-Core 0.19.2 restores one tensor that
-    all parameters share (each parameter's update then advances it, and the bias correction runs away), and its
-    copy of the moments stumbles over `step` being there. So the moments are loaded while `step` is away, and
-    every parameter gets a copy of its own.
+    Without Transformer Engine and apex, torch's AdamW keeps a `step` tensor per parameter. Megatron-Core 0.19.2
+    restores one tensor that all parameters share: each parameter's update advances it, and the bias correction is
+    wrong. Its copy of the moments fails if `step` is present. Therefore moments are loaded without `step`, and every
+    parameter gets a copy.
 
-    With expert parallelism there is an optimizer for the experts too. The moments are found by the names of their
-    parameters; of what was saved besides, only the number of steps counts, which all groups of parameters share.
+    With expert parallelism a second optimizer has the experts. Moments are found by the names of their parameters. All
+    groups of parameters share the number of steps.
     """
-    optimizers = _optimizers(policy)
+    optimizers = policy.optimizer.chained_optimizers
     saved = state["optimizer"] if "optimizer" in state else state[0]["optimizer"]
     taken = saved["param_groups"][0]["step"]
     for i, optimizer in enumerate(optimizers):
@@ -255,63 +318,11 @@ def _load_optimizer(policy: Policy, state: dict[Any, Any]) -> None:
         for s, step in zip(per_parameter, steps, strict=True):
             if step is not None:
                 s["step"] = step.clone()
-
-
-def _optimizers(policy: Policy) -> Sequence[Any]:
-    return getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
-
-
-def _rng_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),  # the CPU generator's where there is no GPU
-        "megatron": _megatron_rng().get_states(),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["cuda"])
-    _megatron_rng().set_states(state["megatron"])
-
-
-def _megatron_rng() -> Any:
-    return get_cuda_rng_tracker()
-
-
-def _layout(policy: Policy) -> dict[str, int]:
-    parallel = policy.config.parallel
-    return {
-        "tensor": parallel.tensor,
-        "pipeline": parallel.pipeline,
-        "context": parallel.context,
-        "expert": parallel.expert,
-        "expert_tensor": parallel.expert_tensor_size,
-        "data": policy.dp_size,
-    }
-
-
-def _publish(partial: Path, final: Path, meta: dict[str, Any]) -> None:
-    """Give a complete checkpoint its name; one that has it already is replaced only then."""
-    (partial / META_FILE).write_text(json.dumps(meta, indent=1))
-    replaced = final.with_name(final.name + ".replaced" + PARTIAL_SUFFIX)
-    if final.exists():
-        os.replace(final, replaced)
-    os.replace(partial, final)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _fresh_folder(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
-
-
-def _on_rank_0(action: Any) -> None:
-    if dist.get_rank() == 0:
-        action()
-    dist.barrier()
+        if isinstance(optimizer.optimizer, HybridDeviceOptimizer):
+            # It keeps slices of what was loaded, which would hold the states of all data-parallel ranks in host memory.
+            for s in per_parameter:
+                s.update({name: value.clone() for name, value in s.items() if torch.is_tensor(value)})
+            # Before every update it overwrites the groups of its parts, on GPU and CPU, with its own. FusedAdam counts
+            # updates there, so its bias correction would stay at the checkpoint's step. The parts have their counts.
+            for group in optimizer.optimizer.param_groups:
+                group.pop("step", None)

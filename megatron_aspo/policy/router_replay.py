@@ -1,41 +1,63 @@
 """Router replay: updates send every token to the experts that the pass for the old log-probs sent it to.
 
-Otherwise an update's own routing differs wherever the weights have moved: the importance ratio of such a token compares
-two sets of experts, and jumps. The field calls this R2 (R3 replays the rollout engine's routing). Megatron-Core has the
-part inside the router (`moe_enable_routing_replay`); whose routing it is to use, and when, is decided here.
+Without it an update's own routing differs as soon as the weights have moved. The importance ratio of such a token
+compares two sets of experts, and jumps. With `train.router_replay=trainer` the pass for the old log-probs chooses the
+experts (R2 in the literature). With `sampler` it takes those of the rollout engine (`Sample.routes`, R3), whose kernels
+round differently: it compares log-probs of the same experts too. Megatron-Core implements the part inside the router
+(`moe_enable_routing_replay`).
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.router_replay import RouterReplayAction
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_aspo.types import MicroBatch
+from megatron_aspo.batch import MicroBatch
 
 
 class RouterReplay:
-    """Of the routers in this rank's part of the model; without `train.router_replay` there are none to speak of."""
+    """The routers in this rank's part of the model; none without `train.router_replay`.
 
-    def __init__(self, model: nn.Module) -> None:
-        # Megatron's own list is the process's, with the routers of every model that was ever built in it.
-        found: list[Any] = [getattr(module, "router_replay", None) for module in model.modules()]
-        self._routers = [router for router in found if router is not None]
+    Attributes:
+        layers: of each router, its index among all layers of the model that have experts.
+    """
+
+    def __init__(self, chunks: Sequence[Any]) -> None:
+        self._routers: list[Any] = []
+        self._first: dict[Any, int] = {}  # chunk -> number of its first router
+        for chunk in chunks:
+            self._first[chunk] = len(self._routers)
+            # Megatron's own list has the routers of every model that was ever built in the process.
+            routers = [getattr(module, "router_replay", None) for module in chunk.modules()]
+            self._routers += [router for router in routers if router is not None]
+        frequency = getattr(chunks[0].config, "moe_layer_freq", 1)  # 1 puts experts in every layer
+        dense = [i for i, f in enumerate(frequency) if not f] if isinstance(frequency, list) else []
+        numbers = [router.layer_number - 1 for router in self._routers]
+        self.layers = [number - bisect.bisect(dense, number) for number in numbers]
 
     @contextlib.contextmanager
-    def record(self, batch: MicroBatch) -> Iterator[None]:
-        """Keep in `batch` how the forward pass within routes it."""
-        self._set(RouterReplayAction.RECORD)
-        yield
-        batch.routing = [router.get_recorded_indices().to(torch.int16) for router in self._routers]
+    def record_or_replay(self, batch: MicroBatch, chunk: Any) -> Iterator[None]:
+        """Route the forward pass of a chunk within as `batch` was routed; the first time, record its routing in
+        `batch`, behind that of the chunks before."""
+        known = batch.routing or []
+        if len(known) == self._first[chunk]:
+            self._set(RouterReplayAction.RECORD)
+            yield
+            recorded = [router.get_recorded_indices() for router in self._routers[len(known) :]]
+            batch.routing = known + [indices.to(torch.int16) for indices in recorded if indices is not None]
+        else:
+            self.replay(batch)
+            yield
         self.stop()
 
     def replay(self, batch: MicroBatch) -> None:
-        """Route passes from now on as `batch` was routed; freely if that was not recorded, as in the warm-up."""
+        """Route later passes as `batch` was routed; freely if no routing was recorded, as in the warm-up."""
         self.stop()
         if batch.routing:
             self._set(RouterReplayAction.REPLAY_FORWARD)
@@ -43,8 +65,8 @@ class RouterReplay:
                 router.set_target_indices(indices.long())
 
     def replay_in_backward(self, batch: MicroBatch, output: Tensor) -> None:
-        """Route as `batch` was routed too what its backward pass recomputes: between its passes a pipeline stage runs
-        those of other micro-batches. `output` is of its forward pass."""
+        """Replay also in the layers that the backward pass of `output` recomputes: between the two passes a pipeline
+        stage runs other micro-batches."""
         if batch.routing:
             output.register_hook(lambda _: self.replay(batch))
 

@@ -1,1 +1,2 @@
-"""Who judges the answers, and what reward is made of the score. Workers import parts of it, so this imports none."""
+"""Verifiers of responses, and the rewards made of their scores. Judging processes import parts of it, so this imports
+none."""

@@ -1,1 +1,1 @@
-"""Engines that sample responses from the policy."""
+"""Sampling of scored responses from the policy."""

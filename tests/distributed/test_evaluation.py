@@ -1,5 +1,5 @@
-"""`megatron-aspo eval --benchmark`: killed in the middle and started again, on another number of ranks, it comes to the
-bytes of an undisturbed one."""
+"""`megatron-aspo eval --benchmark`: a killed evaluation, restarted on another number of ranks, writes the same bytes
+as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ rollout: {{max_response_tokens: 2, batch_size: 8}}
 """
 
 
-def start(folder: Path, out: str, ranks: int) -> subprocess.Popen[str]:
-    words = ["--checkpoint", "base", "--benchmark", "reasoning_gym:chain_sum", "--samples", str(SAMPLES)]
+def start(folder: Path, out: str, ranks: int, *overrides: str) -> subprocess.Popen[str]:
+    words = ["--checkpoint", "base", "--benchmark", "reasoning_gym:chain_sum", "--samples", str(SAMPLES), *overrides]
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_aspo.cli", "eval", "run.yaml", *words, "--out", out, "--nproc", str(ranks)],
         cwd=folder,
@@ -67,7 +67,7 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
     assert 5 <= done < PROBLEMS
 
     _, err = finish(start(tmp_path, "killed", 2))
-    assert f"{done} are there already" in err
+    assert f"{done} of {PROBLEMS} problems are done already" in err
     expected = (tmp_path / "whole" / folder / "responses.jsonl").read_bytes()
     assert kept.read_bytes() == expected
 
@@ -83,6 +83,15 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
     solved = [any(right[i : i + SAMPLES]) for i in range(0, len(right), SAMPLES)]
     assert results[f"pass@{SAMPLES}"]["value"] == pytest.approx(sum(solved) / PROBLEMS)
     assert results["truncated"] == pytest.approx(sum(r["finish_reason"] == "length" for r in responses) / len(right))
-    assert f"@{SAMPLES}: {100 * sum(right) / len(right):.1f} [" in out
+    assert f"avg@{SAMPLES} {100 * sum(right) / len(right):.1f} [" in out
     page = (tmp_path / "killed" / folder / "page.html").read_text()
     assert page.count("<summary>response ") == len(responses)
+
+
+def test_a_benchmark_with_a_custom_engine(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    (tmp_path / "my_engine.py").write_text("from megatron_aspo.rollout.megatron import EmbeddedEngine as Engine\n")
+    finish(start(tmp_path, "custom", 1, "rollout.engine=my_engine:Engine", "data.eval_prompts=4"))
+    results = json.loads((tmp_path / "custom" / "reasoning_gym-chain_sum-base" / "results.json").read_text())
+    assert results["problems"] == 4
+    assert results["settings"]["engine"] == "my_engine:Engine"

@@ -1,22 +1,30 @@
-"""What saves memory changes no update: recomputed activations, uneven stages, experts parted otherwise, released
-gradients."""
+"""Memory-saving settings change no update: recomputation, uneven stages, expert layouts, released gradients."""
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import importlib.util
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from ranks import VOCAB, gradients_of_steps, make_samples, run, run_config, write_weights
+from ranks import gradients_of_steps, make_samples, open_policy, refusal, run, run_config, write_weights
 from torch import Tensor
 
-from megatron_aspo.config import ModelConfig, OptimizerConfig, ParallelConfig, PolicyLossConfig, RunConfig, TrainConfig
-from megatron_aspo.distributed import distributed
-from megatron_aspo.errors import UserError
+from benchmarks.counting import Count
+from megatron_aspo.config.loss import PolicyLossConfig
+from megatron_aspo.config.model import ModelConfig, ParallelConfig
+from megatron_aspo.config.run import RunConfig
+from megatron_aspo.config.training import OptimizerConfig, TrainConfig
 from megatron_aspo.policy import checkpoint
-from megatron_aspo.policy.trainer import Policy, UpdateMetrics, _offload_settings
+from megatron_aspo.policy.metrics import UpdateMetrics
+from megatron_aspo.policy.optimizer import offload_settings
+from megatron_aspo.train import set_logprobs
 
 pytestmark = pytest.mark.distributed
 
@@ -25,12 +33,15 @@ EXPERTS = replace(DENSE, num_layers=2, num_experts=4, moe_ffn_hidden_size=32, mo
 TRAIN = TrainConfig(max_tokens_per_micro_batch=100)
 
 
-def train(**settings: Any) -> RunConfig:
-    return run_config(model=DENSE, train=replace(TRAIN, **settings))
+TP2 = ParallelConfig(tensor=2, sequence_parallel=True)
 
 
-def parallel(model: ModelConfig = DENSE, **settings: Any) -> RunConfig:
-    return run_config(ParallelConfig(**settings), model=model, train=TRAIN)
+def train(layout: ParallelConfig | None = None, model: ModelConfig = DENSE, **settings: Any) -> RunConfig:
+    return run_config(layout, model=model, train=replace(TRAIN, **settings))
+
+
+def parallel(**settings: Any) -> RunConfig:
+    return train(ParallelConfig(**settings))
 
 
 CASES: dict[str, tuple[int, RunConfig]] = {
@@ -40,45 +51,25 @@ CASES: dict[str, tuple[int, RunConfig]] = {
     "recompute mlp": (1, train(recompute="selective", recompute_modules=("mlp",))),
     "recompute mlp and core_attn": (1, train(recompute="selective", recompute_modules=("mlp", "core_attn"))),
     "release gradients": (1, train(release_gradients=True)),
-    "release gradients, tp2": (
-        2,
-        replace(train(release_gradients=True), parallel=ParallelConfig(tensor=2, sequence_parallel=True)),
-    ),
-    "recompute, tp2-sp": (
-        2,
-        replace(train(recompute="full"), parallel=ParallelConfig(tensor=2, sequence_parallel=True)),
-    ),
+    "release gradients, tp2": (2, train(TP2, release_gradients=True)),
+    "recompute, tp2-sp": (2, train(TP2, recompute="full")),
     "overlapped reduction, dp2": (2, parallel(overlap_grad_reduce=True)),
     "overlapped reduction, pp2": (2, parallel(overlap_grad_reduce=True, pipeline=2)),
     "stages of 1 and 3 layers": (2, parallel(pipeline=2, first_stage_layers=1)),
     "stages of 3 and 1 layers": (2, parallel(pipeline=2, last_stage_layers=1)),
     "stages of 1, 2 and 1 layers": (3, parallel(pipeline=3, first_stage_layers=1, last_stage_layers=1)),
-    "recompute experts": (
-        1,
-        run_config(model=EXPERTS, train=replace(TRAIN, recompute="selective", recompute_modules=("moe",))),
-    ),
-    "whole experts beside tp2": (
-        2,
-        parallel(EXPERTS, tensor=2, sequence_parallel=True, expert=2, expert_tensor=1),
-    ),
-    "whole experts beside dp2-tp2": (
-        4,
-        parallel(EXPERTS, tensor=2, sequence_parallel=True, expert=4, expert_tensor=1),
-    ),
-    "whole experts beside tp2-cp2": (
-        4,
-        parallel(EXPERTS, tensor=2, sequence_parallel=True, context=2, expert=2, expert_tensor=1),
-    ),
+    "recompute experts": (1, train(model=EXPERTS, recompute="selective", recompute_modules=("moe",))),
+    "whole experts beside tp2": (2, train(replace(TP2, expert=2, expert_tensor=1), EXPERTS)),
+    "whole experts beside dp2-tp2": (4, train(replace(TP2, expert=4, expert_tensor=1), EXPERTS)),
+    "whole experts beside tp2-cp2": (4, train(replace(TP2, context=2, expert=2, expert_tensor=1), EXPERTS)),
 }
 
 
 def two_updates(folder: Path, config: RunConfig) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
-    """Metrics and gradients of whole parameters of two updates from the same weights."""
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        checkpoint.load_weights(folder / "old", policy)
+    """Metrics and full gradients of two updates from the same weights."""
+    with open_policy(config, folder / "old") as policy:
         batches = policy.pack(make_samples())
-        policy.fill_logprobs(batches, "old_logprobs")
+        set_logprobs(policy, [batches])
         checkpoint.load_weights(folder / "current", policy)
         gradients = gradients_of_steps(policy)
         metrics = UpdateMetrics()
@@ -90,7 +81,7 @@ def two_updates(folder: Path, config: RunConfig) -> tuple[dict[str, float], list
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Weights of the dense model, and of the one with experts."""
+    """Weights of the dense model and of the mixture of experts."""
     folders: dict[int, Path] = {}
     for model in (DENSE, EXPERTS):
         folders[model.num_experts] = tmp_path_factory.mktemp("weights")
@@ -100,10 +91,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def expected(weights: dict[int, Path]) -> dict[int, Any]:
-    return {
-        model.num_experts: run(1, two_updates, weights[model.num_experts], run_config(model=model, train=TRAIN))[0]
-        for model in (DENSE, EXPERTS)
-    }
+    models = {model.num_experts: model for model in (DENSE, EXPERTS)}
+    return {n: run(1, two_updates, weights[n], train(model=model))[0] for n, model in models.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -120,22 +109,15 @@ def test_the_update_is_that_without(case: str, weights: dict[int, Path], expecte
 
 
 def released_bytes(config: RunConfig) -> list[int]:
-    """Of the gradients' buffers: after an update, after the release, after the next update."""
-    with distributed(config):
-        policy = Policy(config, VOCAB)
+    """Bytes of the gradient buffers after an update, after their release, and after the next update."""
+    with open_policy(config) as policy:
         batches = policy.pack(make_samples())
-        policy.fill_logprobs(batches, "old_logprobs")
+        set_logprobs(policy, [batches])
         sizes: list[int] = []
-
-        def look() -> None:
+        update = partial(policy.train_step, batches, PolicyLossConfig(), UpdateMetrics())
+        for action in (update, policy.release_gradients, update):
+            action()
             sizes.append(sum(b.grad_data.untyped_storage().nbytes() for b in policy.model.buffers))
-
-        policy.train_step(batches, PolicyLossConfig(), UpdateMetrics())
-        look()
-        policy.release_gradients()
-        look()
-        policy.train_step(batches, PolicyLossConfig(), UpdateMetrics())
-        look()
         return sizes
 
 
@@ -145,10 +127,20 @@ def test_released_gradients_take_nothing() -> None:
     assert released == 0
 
 
-def refusal(config: RunConfig) -> str:
-    with distributed(config), pytest.raises(UserError) as caught:
-        Policy(config, VOCAB)
-    return str(caught.value)
+def bytes_left_by_an_update(config: RunConfig) -> int:
+    with open_policy(config) as policy:
+        batches = policy.pack(make_samples())
+        policy.train_step(batches, PolicyLossConfig(), UpdateMetrics())  # creates the optimizer's states
+        with Count() as count:
+            policy.train_step(batches, PolicyLossConfig(), UpdateMetrics())
+            gc.collect()
+        return count.live
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_an_update_of_experts_leaves_no_tensor_behind(recompute: Literal["none", "full"]) -> None:
+    (left,) = run(1, bytes_left_by_an_update, train(model=EXPERTS, recompute=recompute))
+    assert left < 128  # tokens by expert of two layers, and one step of Adam
 
 
 @pytest.mark.parametrize(
@@ -168,12 +160,21 @@ def test_what_only_a_gpu_can_do_is_refused_in_one_line(settings: dict[str, Any],
     assert "\n" not in found
 
 
-def offload_settings() -> Any:
-    settings = _offload_settings(OptimizerConfig(cpu_offload=0.5), on_gpu=True)
+def test_masters_beside_bfloat16_moments_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's default (int16 remainders instead of float32 masters) can be saved but not loaded."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "transformer_engine")
+    settings = offload_settings(OptimizerConfig(moments_dtype="bfloat16"), on_gpu=True)
+    fields = {field.name for field in dataclasses.fields(MegatronOptimizerConfig)}
+    assert settings.keys() <= fields
+    assert (settings["exp_avg_dtype"], settings["store_param_remainders"]) == (torch.bfloat16, False)
+
+
+def megatron_settings() -> Any:
+    settings = offload_settings(OptimizerConfig(cpu_offload=0.5), on_gpu=True)
     return MegatronOptimizerConfig(optimizer="adam", bf16=True, use_distributed_optimizer=True, **settings)
 
 
 def test_offloading_is_what_megatron_takes() -> None:
-    (found,) = run(1, offload_settings)
+    (found,) = run(1, megatron_settings)
     assert (found.optimizer_cpu_offload, found.optimizer_offload_fraction) == (True, 0.5)
     assert found.use_precision_aware_optimizer_no_fp8_or_ds_fp8

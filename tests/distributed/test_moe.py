@@ -1,4 +1,5 @@
-"""Mixtures of experts: the same update however the experts are spread, and router losses of their own strength."""
+"""Mixtures of experts: the update does not depend on the expert layout, and router losses have their configured
+strength."""
 
 from __future__ import annotations
 
@@ -10,18 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import VOCAB, full_gradients, full_tensors, run, run_config, write_weights
+from ranks import VOCAB, assign, full_gradients, full_tensors, open_policy, run, run_config, write_weights
 from test_layouts import ARRANGEMENTS, REFERENCE, check_updates, take_updates
 from test_resume import learn, learning_config
 from test_sampler import ROLLOUT, generate, logprobs_of, make_prompts, tokens_of
 from torch import Tensor
 
-from megatron_aspo.config import ModelConfig, ParallelConfig, PolicyLossConfig, RunConfig, TrainConfig
-from megatron_aspo.distributed import distributed
+from megatron_aspo.batch import Prompt, Sample
+from megatron_aspo.config.loss import PolicyLossConfig
+from megatron_aspo.config.model import ModelConfig, ParallelConfig
+from megatron_aspo.config.run import RunConfig
+from megatron_aspo.config.training import TrainConfig
 from megatron_aspo.policy import checkpoint
+from megatron_aspo.policy.metrics import UpdateMetrics
 from megatron_aspo.policy.model import model_inputs
-from megatron_aspo.policy.trainer import Policy, UpdateMetrics
-from megatron_aspo.types import Prompt, Sample
+from megatron_aspo.policy.trainer import Policy
+from megatron_aspo.ranks.process_group import distributed
 
 pytestmark = pytest.mark.distributed
 
@@ -59,7 +64,7 @@ def test_an_update_is_the_same_at(layout: str, weights: Path, reference: dict[An
 
 
 def test_an_update_with_router_losses_is_the_same_with_experts_spread(weights: Path) -> None:
-    """The load-balancing loss is of a micro-batch: so here both sides have the same ones."""
+    """The load-balancing loss depends on the micro-batch, so both layouts use the same micro-batches here."""
     for train, _ in ARRANGEMENTS.values():
         arrangement = {"one stream": (train, LOSSES)}
         (together, _) = run(2, take_updates, weights, BALANCED, ParallelConfig(), arrangement)
@@ -78,13 +83,13 @@ VARIANTS = {
 
 
 def samples_without_signal() -> list[Sample]:
-    """24 samples of 8 tokens, so that no layout pads, and of advantage 0; four have no response."""
+    """24 samples of 8 tokens, so that no layout pads, all with advantage 0; four have no response."""
     rng = np.random.default_rng(0)
     samples: list[Sample] = []
     for i in range(24):
         tokens = tuple(rng.integers(VOCAB, size=8).tolist())
         answer = 8 if i % 6 == 5 else 3
-        samples.append(Sample(Prompt(i, "", tokens[:answer], {}), i // 4, tokens[answer:], "stop"))
+        samples.append(Sample(Prompt(i, "", tokens[:answer], {}), i // 4, np.array(tokens[answer:]), "stop"))
     return samples
 
 
@@ -93,12 +98,10 @@ def config_of_rows(parallel: ParallelConfig, model: ModelConfig) -> RunConfig:
 
 
 def gradients_of_updates(weights: Path, parallel: ParallelConfig) -> dict[str, dict[str, Tensor]]:
-    """Variant -> gradients by name, of an update whose policy gradient is 0."""
+    """Map variants to gradients by name, for an update whose policy gradient is 0."""
     config = config_of_rows(parallel, BALANCED)
     found: dict[str, dict[str, Tensor]] = {}
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        checkpoint.load_weights(weights / "current", policy)
+    with open_policy(config, weights / "current") as policy:
         step = policy.optimizer.step
 
         def look(name: str) -> Any:
@@ -109,19 +112,18 @@ def gradients_of_updates(weights: Path, parallel: ParallelConfig) -> dict[str, d
             batches = policy.pack(samples_without_signal())
             for batch in batches if half else []:
                 batch.loss_mask &= batch.position_ids % 2 == 0
+                batch.loss_positions = batch.loss_mask.nonzero()[:, 0]
             policy.optimizer.step = partial(look, name)
             policy.train_step(batches, loss, UpdateMetrics())
     return found
 
 
 def plain_gradients(weights: Path, model: ModelConfig) -> dict[str, Tensor]:
-    """Those of the router losses' definition: means over all tokens, prompts included, summed over layers; a
-    micro-batch's load-balancing loss counts as often as it has tokens."""
+    """Gradients from the definition of the router losses: means over all tokens, prompts included, summed over
+    layers. A micro-batch's load-balancing loss is weighted by its number of tokens."""
     config = config_of_rows(ParallelConfig(), model)
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        checkpoint.load_weights(weights / "current", policy)
-        policy.model.eval()  # in which Megatron adds no losses of its own
+    with open_policy(config, weights / "current") as policy:
+        policy.model.eval()  # turns off the losses that Megatron adds itself
         seen: list[Tensor] = []
 
         def watched(gating: Any, hidden: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ def plain_gradients(weights: Path, model: ModelConfig) -> dict[str, Tensor]:
             tokens += batch.tokens.numel()
         parameters = list(policy.model.parameters())
         gradients = torch.autograd.grad(total / tokens, parameters, allow_unused=True)
-        policy._assign([torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)])
+        assign(policy, [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)])
         return full_tensors(policy)
 
 
@@ -175,7 +177,7 @@ def test_router_losses_are_means_over_all_tokens(layout: str, weights: Path, pla
             )
 
 
-# --- Around the update ---
+# --- Initial weights, responses and checkpoints ---
 
 
 def random_weights(parallel: ParallelConfig) -> dict[str, Tensor]:
@@ -207,11 +209,9 @@ def test_responses_are_the_same_at(layout: str, weights: Path) -> None:
 
 
 def go_on(weights: Path, root: Path, parallel: ParallelConfig, save: bool) -> list[dict[str, float]]:
-    """Two updates and a checkpoint, or that checkpoint; then three updates."""
+    """Run two updates and save, or load that checkpoint; then run three updates."""
     config = replace(learning_config(parallel), model=MODEL)
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        checkpoint.load_weights(weights / "reference", policy)
+    with open_policy(config, weights / "reference") as policy:
         policy.keep_reference()
         if save:
             learn(policy, range(2))
@@ -234,5 +234,5 @@ def test_a_checkpoint_of_spread_experts_is_read_at(
     root, expected = saved
     ranks, parallel = LAYOUTS.get(layout, (1, ParallelConfig()))
     for history in run(ranks, go_on, weights, root, parallel, False):
-        for ours, theirs in zip(history, expected, strict=True):
-            assert ours == (theirs if layout == "ep2" else pytest.approx(theirs, rel=1e-5, abs=1e-6))
+        for update, saved_update in zip(history, expected, strict=True):
+            assert update == (saved_update if layout == "ep2" else pytest.approx(saved_update, rel=1e-5, abs=1e-6))

@@ -1,4 +1,4 @@
-"""The check before a job, among processes on this host: the node that is to blame is named."""
+"""The node check that precedes a job, with processes on this host as nodes: it names the faulty node."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from ranks import run
 
-from megatron_aspo.node_check import SILENCE, Meeting, find_bad_nodes
+from megatron_aspo.commands.node_check import SILENCE, Meeting, find_bad_nodes
 
 pytestmark = pytest.mark.distributed
 
@@ -23,7 +23,7 @@ def meet(patience: float) -> Meeting:
 
 
 def find(folder: Path, bad: int | None) -> dict[str, str]:
-    """On the node `bad` every sum goes wrong, as over a broken cable."""
+    """Corrupt every sum on the node `bad`, as a broken cable would."""
     meeting = meet(60)
     if meeting.rank == bad:
         sound = dist.all_reduce
@@ -39,7 +39,7 @@ def find(folder: Path, bad: int | None) -> dict[str, str]:
 
 
 def fall_silent(folder: Path) -> dict[str, str]:
-    """The last node is well by itself, and gone when they sum."""
+    """The last node passes its own checks and disappears when the nodes sum."""
     meeting = meet(10)
     if meeting.rank < 3:
         found = find_bad_nodes(meeting, NAMES, folder)
@@ -50,7 +50,7 @@ def fall_silent(folder: Path) -> dict[str, str]:
 
 
 def without_sharing(folders: Path) -> dict[str, str]:
-    """The third node has another folder where the others have theirs."""
+    """The third node has a different folder in place of the shared one."""
     meeting = meet(20)
     folder = folders / ("elsewhere" if meeting.rank == 2 else "shared")
     folder.mkdir(exist_ok=True)
@@ -73,4 +73,4 @@ def test_a_node_that_is_gone(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
     for found in run(4, without_sharing, tmp_path):
         assert list(found) == ["node2"]
-        assert "is not shared: in canary is nothing, the first node wrote" in found["node2"]
+        assert "is not shared: canary has nothing, the first node wrote" in found["node2"]

@@ -1,41 +1,38 @@
-"""Checkpoints: a run goes on as if it had never stopped, at its own layout and at any other."""
+"""Checkpoints: a resumed run continues as if it had never stopped, in the same layout and in any other."""
 
 from __future__ import annotations
 
-import random
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from ranks import VOCAB, full_tensors, make_samples, run, run_config
+import torch.distributed as dist
+from ranks import full_tensors, hold_writes, make_samples, open_policy, run, run_config
+from test_layouts import LAYOUTS
 
-from megatron_aspo.config import CheckpointConfig, OptimizerConfig, ParallelConfig, PolicyLossConfig, RunConfig
-from megatron_aspo.distributed import distributed
+from megatron_aspo.config.loss import PolicyLossConfig
+from megatron_aspo.config.model import ParallelConfig
+from megatron_aspo.config.run import RunConfig
+from megatron_aspo.config.training import CheckpointConfig, OptimizerConfig
 from megatron_aspo.errors import UserError
+from megatron_aspo.journal.folder import find_resume, list_checkpoints, read_meta
 from megatron_aspo.policy import checkpoint
-from megatron_aspo.policy.trainer import Policy, UpdateMetrics
-from megatron_aspo.run_folder import find_resume, list_checkpoints, read_meta
+from megatron_aspo.policy.metrics import UpdateMetrics
+from megatron_aspo.policy.trainer import Policy
+from megatron_aspo.train import set_logprobs, set_ref_logprobs
 
 pytestmark = pytest.mark.distributed
 
 LOSS = PolicyLossConfig(kl_coef=0.1)
-LAYOUTS = {
-    "alone": (1, ParallelConfig()),
-    "dp2": (2, ParallelConfig()),
-    "tp2": (2, ParallelConfig(tensor=2)),
-    "pp2": (2, ParallelConfig(pipeline=2)),
-    "cp2": (2, ParallelConfig(context=2)),
-    "tp2-pp2-sp": (4, ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True)),
-}
 
 
 def learning_config(parallel: ParallelConfig) -> RunConfig:
-    # A schedule that is still rising at the checkpoint, and a clip that is active.
+    # A schedule that is still rising at the checkpoint, and an active clip.
     optimizer = OptimizerConfig(lr=1e-2, lr_warmup_updates=6, clip_grad=0.5)
     return replace(run_config(parallel), optimizer=optimizer)
 
@@ -45,8 +42,8 @@ def learn(policy: Policy, updates: range) -> list[dict[str, float]]:
     history: list[dict[str, float]] = []
     for update in updates:
         batches = policy.pack(make_samples()[update * 4 : update * 4 + 4])
-        policy.fill_logprobs(batches, "old_logprobs")
-        policy.fill_logprobs(batches, "ref_logprobs")
+        set_logprobs(policy, [batches])
+        set_ref_logprobs(policy, [batches])
         metrics = UpdateMetrics()
         policy.train_step(batches, LOSS, metrics)
         norms = {name: float(tensor.double().norm()) for name, tensor in full_tensors(policy).items()}
@@ -54,46 +51,48 @@ def learn(policy: Policy, updates: range) -> list[dict[str, float]]:
     return history
 
 
-def random_numbers() -> list[float]:
-    tracker: Any = get_cuda_rng_tracker()
-    with tracker.fork():
-        megatron = torch.rand(())
-    return [random.random(), float(np.random.rand()), float(torch.rand(())), float(megatron)]
+def save_and_go_on(
+    weights: Path, root: Path, parallel: ParallelConfig, before: int, asynchronous: bool = False
+) -> list[dict[str, float]]:
+    """Run `before` updates, save, run three more updates and return their history.
 
-
-def save_and_go_on(weights: Path, root: Path, parallel: ParallelConfig, before: int) -> tuple[Any, Any]:
-    """`before` updates, a checkpoint, three more updates: their history and what was drawn after the checkpoint."""
+    With `asynchronous` the files are written after these updates.
+    """
     config = learning_config(parallel)
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        checkpoint.load_weights(weights / "reference", policy)
+    with open_policy(config, weights / "reference") as policy:
         policy.keep_reference()
         checkpoint.load_weights(weights / "old", policy)
         learn(policy, range(before))
-        random_numbers()
-        checkpoint.save(root, 7, policy, {"prompts": {"position": 42}})
-        return learn(policy, range(before, before + 3)), random_numbers()
+        updated = hold_writes() if asynchronous else threading.Event()
+        saver = checkpoint.Saver(root, CheckpointConfig(asynchronous=asynchronous))
+        saver.save(7, policy, {"prompts": {"position": 42}}, (), wait=False)
+        history = learn(policy, range(before, before + 3))
+        assert saver.published() == {}
+        assert list_checkpoints(root) == [] if asynchronous else [root / "step_000007"]
+        updated.set()
+        while asynchronous and not saver.published():
+            time.sleep(0.01)
+        return history
 
 
-def load_and_go_on(weights: Path, root: Path, parallel: ParallelConfig, before: int) -> tuple[Any, Any]:
+def load_and_go_on(weights: Path, root: Path, parallel: ParallelConfig, before: int) -> list[dict[str, float]]:
+    """Load the checkpoint of `save_and_go_on` and continue as it does."""
     config = learning_config(parallel)
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        checkpoint.load_weights(weights / "reference", policy)
+    with open_policy(config, weights / "reference") as policy:
         policy.keep_reference()
         assert checkpoint.load(root / "step_000007", policy) == (7, {"prompts": {"position": 42}})
-        assert policy.updates == before
-        return learn(policy, range(before, before + 3)), random_numbers()
+        assert policy.weight_version == before
+        return learn(policy, range(before, before + 3))
 
 
 @pytest.fixture(scope="module")
 def saved(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
-    """Checkpoints after two updates, and what followed on each rank."""
+    """Checkpoints after two updates, and each rank's results after them."""
     found: dict[str, tuple[Path, Any]] = {}
     for layout in ("tp2", "dp2", "cp2"):
         root = tmp_path_factory.mktemp(layout)
         ranks, parallel = LAYOUTS[layout]
-        found[layout] = root, run(ranks, save_and_go_on, weights, root, parallel, 2)
+        found[layout] = root, run(ranks, save_and_go_on, weights, root, parallel, 2, layout == "dp2")
     return found
 
 
@@ -110,19 +109,41 @@ def test_updates_go_on_as_if_nothing_had_happened(
     root, expected = saved[saved_at]
     ranks, parallel = LAYOUTS[loaded_at]
     resumed = run(ranks, load_and_go_on, weights, root, parallel, 2)
-    if saved_at == loaded_at:  # to the bit, and so are the random numbers of every rank
+    if saved_at == loaded_at:
         assert resumed == expected
         return
-    for history, _ in resumed:
-        for ours, theirs in zip(history, expected[0][0], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    for history in resumed:
+        for resumed_update, update in zip(history, expected[0], strict=True):
+            assert resumed_update == pytest.approx(update, rel=1e-5, abs=1e-6)
+
+
+def elements_gathered_while_saving(root: Path) -> int:
+    """Elements that `all_gather` receives on a rank during a save. On a GPU they would take device memory."""
+    config = learning_config(ParallelConfig())
+    with open_policy(config) as policy:
+        policy.keep_reference()
+        learn(policy, range(1))
+        received = 0
+        all_gather = dist.all_gather
+
+        def counted(tensors: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal received
+            received += sum(one.numel() for one in tensors if one.is_floating_point())
+            return all_gather(tensors, tensor, *args, **kwargs)
+
+        dist.all_gather = counted
+        checkpoint.save(root, 1, policy, {})
+        return received
+
+
+def test_a_save_gathers_no_optimizer_state_on_the_device(tmp_path: Path) -> None:
+    assert run(2, elements_gathered_while_saving, tmp_path) == [0, 0]
 
 
 def rates_with_another_one(root: Path, parallel: ParallelConfig) -> list[float]:
     config = learning_config(parallel)
     config = replace(config, optimizer=replace(config.optimizer, lr=3e-3, weight_decay=0.2))
-    with distributed(config):
-        policy = Policy(config, VOCAB)
+    with open_policy(config) as policy:
         checkpoint.load(root / "step_000007", policy)
         group = policy.optimizer.param_groups[0]
         return [policy.learning_rate, group["max_lr"], group["weight_decay"]]
@@ -130,8 +151,23 @@ def rates_with_another_one(root: Path, parallel: ParallelConfig) -> list[float]:
 
 def test_the_learning_rate_is_the_configurations(saved: dict[str, tuple[Path, Any]]) -> None:
     ranks, parallel = LAYOUTS["tp2"]
-    # The third update's of a warm-up of six.
+    # value of the third update in a warm-up of six
     assert run(ranks, rates_with_another_one, saved["tp2"][0], parallel)[0] == pytest.approx([1.5e-3, 3e-3, 0.2])
+
+
+def falling_rates() -> list[float]:
+    config = learning_config(ParallelConfig())
+    with open_policy(config) as policy:
+        policy.reset_optimizer(replace(config.optimizer, lr=8.0, lr_warmup_updates=2), decay_updates=10)
+        rates: list[float] = []
+        for _ in range(11):
+            rates.append(policy.learning_rate)
+            policy.scheduler.step(1)
+        return rates
+
+
+def test_the_learning_rate_of_a_warm_up_may_fall_to_0() -> None:
+    assert run(1, falling_rates)[0] == pytest.approx([4, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0])
 
 
 def test_a_checkpoint_before_the_first_update(weights: Path, tmp_path: Path) -> None:
@@ -142,8 +178,7 @@ def test_a_checkpoint_before_the_first_update(weights: Path, tmp_path: Path) -> 
 
 def save_steps(root: Path, steps: Sequence[int], keep: int) -> None:
     config = run_config()
-    with distributed(config):
-        policy = Policy(config, VOCAB)
+    with open_policy(config) as policy:
         for step in steps:
             checkpoint.save(root, step, policy, {}, keep)
 
@@ -151,8 +186,7 @@ def save_steps(root: Path, steps: Sequence[int], keep: int) -> None:
 def refusals(checkpoints: list[Path], hidden_size: int) -> list[str]:
     config = run_config(model=replace(run_config().model, hidden_size=hidden_size))
     messages: list[str] = []
-    with distributed(config):
-        policy = Policy(config, VOCAB)
+    with open_policy(config) as policy:
         for path in checkpoints:
             with pytest.raises(UserError) as error:
                 checkpoint.load(path, policy)
@@ -163,7 +197,7 @@ def refusals(checkpoints: list[Path], hidden_size: int) -> list[str]:
 def test_only_complete_checkpoints_count_and_the_newest_are_kept(tmp_path: Path) -> None:
     run_dir = tmp_path / "test"
     root = run_dir / "checkpoints"
-    (root / "step_000011").mkdir(parents=True)  # a copy that was broken off
+    (root / "step_000011").mkdir(parents=True)  # an interrupted copy
     (root / "step_000012.partial").mkdir()
     (root / "step_000012.partial" / "meta.json").write_text("{}")
     config = replace(run_config(), output_dir=str(tmp_path), checkpoint=CheckpointConfig(resume="auto"))
@@ -176,7 +210,7 @@ def test_only_complete_checkpoints_count_and_the_newest_are_kept(tmp_path: Path)
     assert find_resume(config) == root / "step_000010"
     assert [read_meta(path)["step"] for path in list_checkpoints(root)] == [9, 10]
 
-    run(1, save_steps, root, (9,), 2)  # a run that was taken back to before step 9: step 10 is not its future
+    run(1, save_steps, root, (9,), 2)  # a run rolled back to before step 9: step 10 is not its future
     assert [path.name for path in list_checkpoints(root)] == ["step_000009"]
 
 

@@ -1,4 +1,4 @@
-"""Samples on disk: their ratios and weights do not depend on the layout, and the run does not depend on them."""
+"""Logged samples: their ratios and weights do not depend on the layout, and logging does not change the run."""
 
 from __future__ import annotations
 
@@ -9,27 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import VOCAB, make_samples, run, run_config, write_weights
+from ranks import make_samples, open_policy, run, run_config, tiny_run, without_times, write_weights
 
-from megatron_aspo.config import (
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PolicyLossConfig,
-    RolloutConfig,
-    RunConfig,
-    TrainConfig,
-    WarmupConfig,
-)
-from megatron_aspo.distributed import distributed
+from megatron_aspo.config.loss import PolicyLossConfig
+from megatron_aspo.config.model import ModelConfig, ParallelConfig
+from megatron_aspo.config.rollout import RolloutConfig
+from megatron_aspo.config.run import RunConfig
+from megatron_aspo.config.training import CheckpointConfig, OptimizerConfig, TrainConfig, WarmupConfig
+from megatron_aspo.journal.log import read_samples
 from megatron_aspo.policy import checkpoint
-from megatron_aspo.policy.trainer import Policy, UpdateMetrics
-from megatron_aspo.run_log import read_metrics, read_samples
-from megatron_aspo.sample_log import ScoredTokens
-from megatron_aspo.train import train
+from megatron_aspo.policy.metrics import UpdateMetrics
+from megatron_aspo.policy.sample_log import score, token_columns
+from megatron_aspo.ranks.process_group import distributed
+from megatron_aspo.train import set_logprobs, train
 
 pytestmark = pytest.mark.distributed
 
@@ -37,6 +29,7 @@ LOSSES = {
     "aspo": PolicyLossConfig(kl_coef=0.1, aggregation="seq-mean-token-mean"),
     "entropy split": PolicyLossConfig(entropy_quantile=0.8, kl_tokens="low_entropy", kl_coef=0.1),
     "gspo": PolicyLossConfig(objective="gspo", rollout_correction="truncate"),
+    "gmpo": PolicyLossConfig(objective="gmpo"),
 }
 LAYOUTS = {
     "dp2": (2, ParallelConfig(), TrainConfig(max_tokens_per_micro_batch=100)),
@@ -48,21 +41,18 @@ LAYOUTS = {
 
 
 def scored(weights: Path, parallel: ParallelConfig, settings: TrainConfig) -> dict[str, Any]:
-    """Log-probs and entropy of `make_samples` by two policies, and what three objectives make of them."""
+    """Log-probs and entropy of `make_samples` under two policies, and the expected weights of the objectives."""
     config = replace(run_config(parallel), train=settings)
     samples = make_samples()
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        checkpoint.load_weights(weights / "old", policy)
+    with open_policy(config, weights / "old") as policy:
         batches = policy.pack(samples)
-        old, _ = policy.score_responses(samples, batches)
+        set_logprobs(policy, [batches])
         checkpoint.load_weights(weights / "current", policy)
-        logprobs, entropy = policy.score_responses(samples, batches)
-    found: dict[str, Any] = {"old": old, "logprobs": logprobs, "entropy": entropy}
-    for name, loss in LOSSES.items():
-        tokens = ScoredTokens.of(samples, old, logprobs, entropy, loss)
-        found[name] = tokens.inputs.ratio, tokens.terms.weight, tokens.terms.hard_clipped, tokens.terms.soft_clipped
-    return found
+        table = score(policy, samples, batches)
+        first = score(policy, samples[:7], batches)
+        assert torch.equal(first, table[:, :7, : first.shape[2]])
+    found: dict[str, Any] = dict(zip(("old", "logprobs", "entropy"), table, strict=True))
+    return found | {name: token_columns(samples, table, loss) for name, loss in LOSSES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -71,29 +61,27 @@ def alone(weights: Path) -> dict[str, Any]:
 
 
 def test_alone_every_token_is_in_its_place(weights: Path, alone: dict[str, Any]) -> None:
-    """Against the trainer's own log-probs of one sample at a time."""
+    """Compare with the trainer's own log-probs of one sample at a time."""
     samples = make_samples()
     (expected,) = run(1, one_by_one, weights)
     for row, (sample, logprobs) in enumerate(zip(samples, expected, strict=True)):
         size = len(sample.token_ids)
         torch.testing.assert_close(alone["logprobs"][row, :size], logprobs, rtol=0, atol=1e-5)
         assert alone["logprobs"][row, size:].eq(0).all()
-    _, weight, hard, soft = alone["aspo"]
+    weight, hard, soft = (alone["aspo"][name] for name in ("weight", "hard_clipped", "soft_clipped"))
     assert weight[hard].eq(0).all()
     assert weight[soft].eq(3).all()
     assert min(int(hard.sum()), int(soft.sum())) > 10
-    assert not torch.equal(alone["entropy split"][2], hard)
+    assert not torch.equal(alone["entropy split"]["hard_clipped"], hard)
 
 
 def one_by_one(weights: Path) -> list[torch.Tensor]:
     config = run_config()
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        checkpoint.load_weights(weights / "current", policy)
+    with open_policy(config, weights / "current") as policy:
         found: list[torch.Tensor] = []
         for sample in make_samples():
             batches = policy.pack([sample])
-            policy.fill_logprobs(batches, "old_logprobs")
+            set_logprobs(policy, [batches])
             assert batches[0].old_logprobs is not None
             found.append(batches[0].old_logprobs[batches[0].loss_mask])
     return found
@@ -102,35 +90,31 @@ def one_by_one(weights: Path) -> list[torch.Tensor]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ratios_and_weights_are_the_same_at(layout: str, weights: Path, alone: dict[str, Any]) -> None:
     ranks, parallel, settings = LAYOUTS[layout]
-    everyones = run(ranks, scored, weights, parallel, settings)
-    for found in everyones:
+    results = run(ranks, scored, weights, parallel, settings)
+    for found in results:
         for name in ("old", "logprobs", "entropy"):
             torch.testing.assert_close(found[name], alone[name], rtol=0, atol=1e-5)
         for name in LOSSES:
-            ratio, weight, *clips = found[name]
-            expected_ratio, expected_weight, *expected_clips = alone[name]
-            torch.testing.assert_close(ratio.log(), expected_ratio.log(), rtol=0, atol=1e-5)
-            torch.testing.assert_close(weight, expected_weight, rtol=1e-5, atol=1e-6)
-            assert all(torch.equal(ours, theirs) for ours, theirs in zip(clips, expected_clips, strict=True))
-    assert all(torch.equal(found["logprobs"], everyones[0]["logprobs"]) for found in everyones)
+            columns, expected = found[name], alone[name]
+            torch.testing.assert_close(columns["ratio"].log(), expected["ratio"].log(), rtol=0, atol=1e-5)
+            torch.testing.assert_close(columns["weight"], expected["weight"], rtol=1e-5, atol=1e-6)
+            assert all(torch.equal(columns[clip], expected[clip]) for clip in ("hard_clipped", "soft_clipped"))
+    assert all(torch.equal(found["logprobs"], results[0]["logprobs"]) for found in results)
 
 
 def log_and_update(weights: Path, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Any:
-    """The scored tokens of some samples, and the metrics of an update that is made on the same tokens."""
+    """Scored tokens of some samples, and the metrics of an update on the same tokens."""
     config = run_config(parallel, model=model, train=train)
     samples = make_samples()
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        checkpoint.load_weights(weights / "old", policy)
-        batches, scored_batches = policy.pack(samples), policy.pack(samples)
-        policy.fill_logprobs(batches, "old_logprobs")
-        old, _ = policy.score_responses(samples, scored_batches)
+    with open_policy(config, weights / "old") as policy:
+        batches = policy.pack(samples)
+        set_logprobs(policy, [batches])
         checkpoint.load_weights(weights / "current", policy)
-        tokens = ScoredTokens.of(samples, old, *policy.score_responses(samples, scored_batches), PolicyLossConfig())
+        columns = token_columns(samples, score(policy, samples, batches), PolicyLossConfig())
         metrics = UpdateMetrics()
         policy.train_step(batches, PolicyLossConfig(), metrics)
         means = metrics.reduce()
-    return tokens, means
+    return columns, means
 
 
 @pytest.mark.parametrize("experts", [0, 4])
@@ -138,36 +122,31 @@ def test_the_log_says_what_the_next_update_does(tmp_path: Path, weights: Path, e
     model, parallel, train = run_config().model, ParallelConfig(context=2), TrainConfig(max_tokens_per_micro_batch=100)
     if experts:
         model = replace(model, num_experts=experts, moe_ffn_hidden_size=32, moe_aux_loss_coef=0.0)
-        parallel, train = replace(parallel, expert=2), replace(train, router_replay=True)
+        parallel, train = replace(parallel, expert=2), replace(train, router_replay="trainer")
         weights = tmp_path
         run(1, write_weights, weights, model)
-    tokens, means = run(2, log_and_update, weights, model, parallel, train)[0]
+    columns, means = run(2, log_and_update, weights, model, parallel, train)[0]
     samples = make_samples()
-    mask = torch.tensor([[i < len(s.token_ids) for i in range(tokens.logprobs.shape[1])] for s in samples])
+    mask = torch.tensor([[i < len(s.token_ids) for i in range(columns["logprob"].shape[1])] for s in samples])
     advantages = torch.tensor([s.advantage for s in samples])[:, None]
-    for name, values in (
-        ("ratio", tokens.inputs.ratio),
-        ("weight", tokens.terms.weight),
-        ("clip_fraction", tokens.terms.hard_clipped),
-        ("soft_clip_fraction", tokens.terms.soft_clipped),
-    ):
+    names = {
+        "ratio": "ratio",
+        "weight": "weight",
+        "clip_fraction": "hard_clipped",
+        "soft_clip_fraction": "soft_clipped",
+    }
+    for name, column in names.items():
         for sign, chosen in (("pos", mask & (advantages > 0)), ("neg", mask & (advantages < 0))):
-            assert float(values[chosen].double().mean()) == pytest.approx(means[f"{name}_{sign}"], rel=1e-5), name
-    assert float(tokens.entropy[mask].double().mean()) == pytest.approx(means["entropy"], rel=1e-5)
-    assert float((tokens.inputs.ratio[mask].log()).abs().max()) == pytest.approx(means["log_ratio_max"], rel=1e-4)
+            mean = float(columns[column][chosen].double().mean())
+            assert mean == pytest.approx(means[f"{name}_{sign}"], rel=1e-5), name
+    assert float(columns["entropy"][mask].double().mean()) == pytest.approx(means["entropy"], rel=1e-5)
+    assert float(columns["ratio"][mask].log().abs().max()) == pytest.approx(means["log_ratio_max"], rel=1e-4)
 
 
-def tiny_run(folder: Path, name: str, log_samples: int) -> RunConfig:
-    return RunConfig(
+def logging_run(folder: Path, name: str, log_samples: int) -> RunConfig:
+    return tiny_run(
+        folder,
         name=name,
-        output_dir=str(folder),
-        model=run_config().model,
-        data=DataConfig(
-            task="chain_sum",
-            task_args={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
-            prompt_template="{expression} =",
-            eval_prompts=4,
-        ),
         warmup=WarmupConfig(updates=30, batch_prompts=32, wrong_fraction=0.3, cache_dir=str(folder / "cache")),
         rollout=RolloutConfig(prompts_per_step=4, responses_per_prompt=8, max_response_tokens=4),
         optimizer=OptimizerConfig(lr=3e-3),
@@ -180,7 +159,6 @@ def tiny_run(folder: Path, name: str, log_samples: int) -> RunConfig:
             log_samples_every=2,
         ),
         checkpoint=CheckpointConfig(every=0),
-        eval=EvalConfig(every=0, responses_per_prompt=1),
     )
 
 
@@ -189,23 +167,14 @@ def train_once(config: RunConfig) -> None:
         train(config, [])
 
 
-def untimed(run_dir: Path) -> list[dict[str, Any]]:
-    def timed(key: str) -> bool:
-        return key == "time" or key.startswith("time/") or key.endswith("tokens_per_second")
-
-    return [{k: v for k, v in r.items() if not timed(k)} for r in read_metrics(run_dir) if r["phase"] == "train"]
-
-
 def test_a_run_with_samples_is_the_run_without(tmp_path: Path) -> None:
-    for config in (
-        tiny_run(tmp_path, "with", log_samples=2),
-        tiny_run(tmp_path, "without", log_samples=0),
-    ):
-        run(2, train_once, config)
-    metrics = untimed(tmp_path / "with")
-    assert len(metrics) == 3
-    assert all(record["optimizer/grad_norm"] > 0.01 for record in metrics)
-    assert metrics == untimed(tmp_path / "without")
+    for name, log_samples in (("with", 2), ("without", 0)):
+        run(2, train_once, logging_run(tmp_path, name, log_samples))
+    metrics = without_times(tmp_path / "with")
+    train_records = [record for record in metrics if record["phase"] == "train"]
+    assert len(train_records) == 3
+    assert all(record["optimizer/grad_norm"] > 0.01 for record in train_records)
+    assert train_records == [record for record in without_times(tmp_path / "without") if record["phase"] == "train"]
     assert not (tmp_path / "without" / "samples.jsonl").exists()
 
     lines = list(read_samples(tmp_path / "with"))
@@ -222,5 +191,5 @@ def test_a_run_with_samples_is_the_run_without(tmp_path: Path) -> None:
                 assert response["weight"][place] == pytest.approx(expected, rel=1e-5)
     assert json.dumps(lines).count("hard_clipped") == 32
     ratios = [ratio for line in lines for response in line["responses"] for ratio in response["ratio"]]
-    assert max(ratios) > 1.05  # the updates moved the policy
+    assert max(ratios) > 1.05  # the updates changed the policy
     assert min(ratios) < 0.95

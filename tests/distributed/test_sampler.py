@@ -1,25 +1,28 @@
-"""The embedded engine samples from the policy that is trained, at every layout."""
+"""The embedded engine samples from the trained policy, in every layout."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import VOCAB, run, run_config
+from ranks import VOCAB, everywhere, run, run_config
 from torch import Tensor
 
-from megatron_aspo.config import ParallelConfig, RolloutConfig
-from megatron_aspo.distributed import distributed
+from megatron_aspo.batch import Prompt, Sample
+from megatron_aspo.config.model import ParallelConfig
+from megatron_aspo.config.rollout import RolloutConfig
+from megatron_aspo.data.tokenizer import AsciiTokenizer
 from megatron_aspo.policy import checkpoint
 from megatron_aspo.policy.model import model_inputs
 from megatron_aspo.policy.trainer import Policy
+from megatron_aspo.ranks.process_group import distributed
 from megatron_aspo.rollout.megatron import EmbeddedEngine
-from megatron_aspo.tokenizer import AsciiTokenizer
-from megatron_aspo.types import Prompt, Sample
+from megatron_aspo.train import set_logprobs
 
 pytestmark = pytest.mark.distributed
 
@@ -38,11 +41,20 @@ ROLLOUT = RolloutConfig(max_response_tokens=12, temperature=0.8)
 
 
 def make_prompts() -> list[Prompt]:
-    """Nine prompts of 3 to 20 tokens, neither sorted nor equal in length; the last is a held-out one."""
+    """Nine prompts of 3 to 20 tokens, unsorted and of different lengths; the last is held out."""
     rng = np.random.default_rng(3)
     lengths = [7, 3, 20, 12, 3, 16, 9, 5, 14]
     ids = [*range(len(lengths) - 1), -1]
     return [Prompt(i, "", tuple(rng.integers(VOCAB, size=n).tolist()), {}) for i, n in zip(ids, lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def loaded_policy(weights: Path, parallel: ParallelConfig, **sections: Any) -> Iterator[Policy]:
+    config = run_config(parallel, **sections)
+    with distributed(config):
+        policy = Policy(config, VOCAB)
+        checkpoint.load_weights(weights / "current", policy)
+        yield policy
 
 
 def generate(
@@ -51,40 +63,35 @@ def generate(
     calls: Sequence[tuple[RolloutConfig, list[Prompt], int, float, int]],
     **sections: Any,
 ) -> list[list[Sample]]:
-    """The samples of each call: (configuration, prompts, responses per prompt, temperature, seed)."""
-    config = run_config(parallel, **sections)
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        checkpoint.load_weights(weights / "current", policy)
+    """Samples of each call: (configuration, prompts, responses per prompt, temperature, seed)."""
+    with loaded_policy(weights, parallel, **sections) as policy:
         return [
-            EmbeddedEngine(policy, rollout, AsciiTokenizer(), seed).generate(prompts, copies, temperature)
+            everywhere(EmbeddedEngine(policy, rollout, AsciiTokenizer(), seed).generate(prompts, copies, temperature))
             for rollout, prompts, copies, temperature, seed in calls
         ]
 
 
-def sample_and_recompute(weights: Path, parallel: ParallelConfig) -> list[tuple[Tensor, Tensor]]:
-    """(log-probs of the sampler, of the trainer) of this rank's micro-batches, on the last stage."""
-    config = run_config(parallel, rollout=ROLLOUT)
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        checkpoint.load_weights(weights / "current", policy)
-        engine = EmbeddedEngine(policy, ROLLOUT, AsciiTokenizer(), seed=1)
-        batches = policy.pack(engine.generate(make_prompts(), 4, ROLLOUT.temperature))
-        policy.fill_logprobs(batches, "old_logprobs")
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for batch in batches if policy.is_last_stage else []:
-            assert batch.rollout_logprobs is not None
-            assert batch.old_logprobs is not None
-            pairs.append((batch.rollout_logprobs[batch.loss_mask], batch.old_logprobs[batch.loss_mask]))
-        return pairs
+def sample_and_recompute(
+    weights: Path, parallel: ParallelConfig
+) -> tuple[list[Sample], list[Sample], list[tuple[Tensor, Tensor]]]:
+    """Greedy and sampled responses; and (log-probs of the sampler, of the trainer) of this rank's micro-batches with
+    the latter, on the last stage."""
+    rollout = RolloutConfig(max_response_tokens=12, batch_size=5, temperature=1.2)
+    with loaded_policy(weights, parallel, rollout=rollout) as policy:
+        engine = EmbeddedEngine(policy, rollout, AsciiTokenizer(), seed=1)
+        greedy, samples = engine.generate(make_prompts(), 1, 0.0), engine.generate(make_prompts(), 4, 1.2)
+        batches: list[Any] = policy.pack(samples)
+        set_logprobs(policy, [batches])
+        pairs = [
+            (batch.rollout_logprobs[batch.loss_mask], batch.old_logprobs[batch.loss_mask])
+            for batch in (batches if policy.is_last_stage else [])
+        ]
+        return everywhere(greedy), everywhere(samples), pairs
 
 
 def sample_and_look(weights: Path, rollout: RolloutConfig, copies: int) -> tuple[list[Sample], list[Tensor]]:
-    """Samples, and the tempered distributions [tokens, V] that the model gives along each response."""
-    config = run_config(rollout=rollout)
-    with distributed(config):
-        policy = Policy(config, VOCAB)
-        checkpoint.load_weights(weights / "current", policy)
+    """Samples, and the model's tempered distributions [tokens, V] along each response."""
+    with loaded_policy(weights, ALONE, rollout=rollout) as policy:
         engine = EmbeddedEngine(policy, rollout, AsciiTokenizer(), seed=1)
         samples = engine.generate(make_prompts()[:3], copies, rollout.temperature)
         distributions: list[Tensor] = []
@@ -96,7 +103,7 @@ def sample_and_look(weights: Path, rollout: RolloutConfig, copies: int) -> tuple
 
 
 def tokens_of(samples: Sequence[Sample]) -> list[tuple[int, ...]]:
-    return [sample.token_ids for sample in samples]
+    return [tuple(sample.token_ids.tolist()) for sample in samples]
 
 
 def logprobs_of(samples: Sequence[Sample]) -> Any:
@@ -104,73 +111,66 @@ def logprobs_of(samples: Sequence[Sample]) -> Any:
 
 
 def cut(token_ids: tuple[int, ...], stops: list[tuple[int, ...]], limit: int) -> tuple[tuple[int, ...], str]:
-    """Where a response ends: with the first stop sequence that is whole in it, or at the limit."""
+    """Truncate a response at the first stop sequence that it contains whole, or at the limit."""
     for end in range(1, limit + 1):
         if any(token_ids[:end][-len(stop) :] == stop for stop in stops):
             return token_ids[:end], "stop"
     return token_ids[:limit], "length"
 
 
+@pytest.fixture(scope="module")
+def responses(weights: Path) -> list[list[Sample]]:
+    """Responses on one rank: greedy; four samples per prompt; the same with another seed; 50 for each of two ids of
+    one prompt; and four per prompt, prompt by prompt."""
+    prompts = make_prompts()
+    twins = [prompts[0], Prompt(-1, "", prompts[0].token_ids, {})]
+    calls = [
+        (ROLLOUT, prompts, 1, 0.0, 1),
+        (ROLLOUT, prompts, 4, 1.2, 1),
+        (ROLLOUT, prompts, 4, 1.2, 2),
+        (ROLLOUT, twins, 50, 1.2, 1),
+        *((ROLLOUT, [prompt], 4, 1.2, 1) for prompt in prompts),
+    ]
+    results = run(1, generate, weights, ALONE, calls)[0]
+    return [*results[:4], [sample for samples in results[4:] for sample in samples]]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_trainer_gives_the_logprobs_of_the_sampler(layout: str, weights: Path) -> None:
+def test_responses_and_their_logprobs_are_the_same_at(
+    layout: str, weights: Path, responses: list[list[Sample]]
+) -> None:
     ranks, parallel = LAYOUTS[layout]
-    found = run(ranks, sample_and_recompute, weights, parallel)
-    pairs = [pair for of_rank in found for pair in of_rank]
+    by_rank = run(ranks, sample_and_recompute, weights, parallel)
+    for greedy, samples, _ in by_rank:  # every rank has the whole list
+        for ours, expected in zip((greedy, samples), responses[:2], strict=True):
+            assert tokens_of(ours) == tokens_of(expected)
+            assert logprobs_of(ours) == pytest.approx(logprobs_of(expected), abs=1e-5)
+            assert [s.group for s in ours] == [s.group for s in expected]
+    pairs = [pair for *_, pairs in by_rank for pair in pairs]
     sampled, recomputed = (torch.cat(values) for values in zip(*pairs, strict=True))
     assert len(sampled) > 300
     assert sampled.std() > 0.5
     assert (sampled - recomputed).abs().max() < 1e-4
 
 
-@pytest.fixture(scope="module")
-def alone(weights: Path) -> tuple[list[Sample], list[Sample]]:
-    """Greedy responses, and four samples a prompt."""
-    calls = [(ROLLOUT, make_prompts(), 1, 0.0, 1), (ROLLOUT, make_prompts(), 4, 1.2, 1)]
-    greedy, sampled = run(1, generate, weights, ALONE, calls)[0]
-    return greedy, sampled
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_responses_are_the_same_at(layout: str, weights: Path, alone: tuple[list[Sample], list[Sample]]) -> None:
-    ranks, parallel = LAYOUTS[layout]
-    small = RolloutConfig(max_response_tokens=12, batch_size=5)
-    calls = [(ROLLOUT, make_prompts(), 1, 0.0, 1), (small, make_prompts(), 4, 1.2, 1)]
-    for samples in run(ranks, generate, weights, parallel, calls):  # every rank has the whole list
-        for ours, expected in zip(samples, alone, strict=True):
-            assert tokens_of(ours) == tokens_of(expected)
-            assert logprobs_of(ours) == pytest.approx(logprobs_of(expected), abs=1e-5)
-            assert [s.group for s in ours] == [s.group for s in expected]
-
-
-def test_seed_prompt_and_replica_each_make_a_difference(
-    weights: Path, alone: tuple[list[Sample], list[Sample]]
-) -> None:
-    prompt = make_prompts()[0]
-    twin = Prompt(-1, "", prompt.token_ids, {})
-    calls = [(ROLLOUT, make_prompts(), 4, 1.2, 2), (ROLLOUT, [prompt, twin], 50, 1.2, 1)]
-    other_seed, twins = run(1, generate, weights, ALONE, calls)[0]
-    assert all(a != b for a, b in zip(tokens_of(other_seed), tokens_of(alone[1]), strict=True))
+def test_samples_depend_on_seed_prompt_and_replica_but_not_on_the_batch(responses: list[list[Sample]]) -> None:
+    _, samples, other_seed, twins, one_by_one = responses
+    assert all(a != b for a, b in zip(tokens_of(other_seed), tokens_of(samples), strict=True))
     assert len(set(tokens_of(twins))) == 100
+    assert tokens_of(one_by_one) == tokens_of(samples)
+    assert logprobs_of(one_by_one) == pytest.approx(logprobs_of(samples), abs=1e-5)
 
 
-def test_ragged_prompts_are_answered_as_if_alone(weights: Path, alone: tuple[list[Sample], list[Sample]]) -> None:
-    calls = [(ROLLOUT, [prompt], 4, 1.2, 1) for prompt in make_prompts()]
-    one_by_one = [sample for samples in run(1, generate, weights, ALONE, calls)[0] for sample in samples]
-    assert tokens_of(one_by_one) == tokens_of(alone[1])
-    assert logprobs_of(one_by_one) == pytest.approx(logprobs_of(alone[1]), abs=1e-5)
-
-
-def test_responses_end_at_stop_strings_and_at_the_limit(
-    weights: Path, alone: tuple[list[Sample], list[Sample]]
-) -> None:
-    free = alone[1]
-    inside = next(sample for sample in free if len(sample.token_ids) == 12).token_ids[3:5]
-    across = (free[0].prompt.token_ids[-1], free[0].token_ids[0])  # begins in the prompt: not a stop there
-    stops = [(AsciiTokenizer.eos_id,), inside, across]
+def test_responses_end_at_stop_strings_and_at_the_limit(weights: Path, responses: list[list[Sample]]) -> None:
+    free = responses[1]
+    inside = next(sample for sample in free if len(sample.token_ids) == 12).token_ids[3:5].tolist()
+    # It begins in the prompt: no stop in the response.
+    across = (free[0].prompt.token_ids[-1], int(free[0].token_ids[0]))
+    stops = [(AsciiTokenizer.eos_id,), tuple(inside), across]
     rollout = RolloutConfig(max_response_tokens=8, stop=tuple("".join(map(chr, stop)) for stop in stops[1:]))
     (cut_short,) = run(1, generate, weights, ALONE, [(rollout, make_prompts(), 4, 1.2, 1)])[0]
-    expected = [cut(sample.token_ids, stops, 8) for sample in free]
-    assert [(s.token_ids, s.finish_reason) for s in cut_short] == expected
+    expected = [cut(tokens, stops, 8) for tokens in tokens_of(free)]
+    assert [(tokens, s.finish_reason) for tokens, s in zip(tokens_of(cut_short), cut_short, strict=True)] == expected
     assert all(len(logprobs_of([sample])) == len(sample.token_ids) for sample in cut_short)
     endings = {(reason, token_ids[-1] == AsciiTokenizer.eos_id) for token_ids, reason in expected}
     assert endings == {("stop", True), ("stop", False), ("length", False)}
@@ -186,12 +186,12 @@ def test_top_p_keeps_to_the_nucleus_and_reports_the_whole_distribution(weights: 
     more_likely = torch.where(p > own, p, 0.0).sum(-1)
     assert len(own) > 500
     assert (more_likely < 0.6).all()
-    assert (more_likely + own[:, 0] >= 0.6).sum() >= 5  # the token that crosses 0.6 is still in
+    assert (more_likely + own[:, 0] >= 0.6).sum() >= 5  # the token that crosses 0.6 is included
     assert logprobs_of(samples) == pytest.approx(own[:, 0].log().numpy(), abs=1e-4)
 
 
 def deviation(counts: Tensor, p: Tensor) -> float:
-    """Pearson's chi-square of `counts` against `p`, as standard deviations from its mean; rare tokens are pooled."""
+    """Pearson's chi-square of `counts` against `p`, in standard deviations from its mean; rare tokens are pooled."""
     expected = p * counts.sum()
     rare = expected < 5
     observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
@@ -209,4 +209,4 @@ def test_first_tokens_are_distributed_as_the_tempered_softmax(weights: Path) -> 
     _, (distribution, *_) = run(1, sample_and_look, weights, rollout, 1)[0]
     p = distribution[0]
     assert abs(deviation(counts, p)) < 4
-    assert deviation(counts, p**1.1 / (p**1.1).sum()) > 8  # another temperature would have been noticed
+    assert deviation(counts, p**1.1 / (p**1.1).sum()) > 8  # detects another temperature

@@ -1,4 +1,4 @@
-"""What the operators under a mode did: the collectives they made, their memory, and the largest tensor."""
+"""A dispatch mode that records operators: their collectives, their memory, and the largest tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.counting import Count
 
 
 class Watch(Count):
-    """Notes also the most elements of a tensor that goes into an operation or comes out."""
+    """Also records the largest number of elements of any operation's input or output."""
 
     def __init__(self) -> None:
         super().__init__()

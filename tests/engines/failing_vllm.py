@@ -1,50 +1,33 @@
-"""`python -m failing_vllm raise|kill STEP ARGUMENTS`: a rank of a training run in which rank 1 fails amid the responses
-of a step: vLLM's forward pass raises, or the process is killed. The fault is in vLLM, below everything of ours."""
-
-from __future__ import annotations
+"""`python -m failing_vllm ARGUMENTS`: a rank of a training run in which vLLM's third forward pass raises on rank 1."""
 
 import os
-import signal
 import sys
 from typing import Any
 
-from megatron_aspo import sampling, train
+from megatron_aspo.commands import train
+from megatron_aspo.rollout import vllm
 
-FAILURE = "DefaultCPUAllocator: can't allocate memory\n  in a frame of its own"
-
-
-def main(how: str, step: int, arguments: list[str]) -> int:
-    rollouts = 0
-    sample_batch = sampling.sample_batch
-
-    def counted(*args: Any) -> Any:
-        nonlocal rollouts
-        rollouts += 1
-        if rollouts == step and os.environ["RANK"] == "1":
-            fail_at_the_third_forward_pass(how)
-        return sample_batch(*args)
-
-    sampling.sample_batch = counted
-    return train.main(arguments)
+start_vllm = vllm.start_vllm
+passes = 0
 
 
-def fail_at_the_third_forward_pass(how: str) -> None:
+def start_to_fail(*arguments: Any) -> Any:
+    llm = start_vllm(*arguments)
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     execute_model = CPUModelRunner.execute_model
-    passes = 0
 
-    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal passes
+    def failing(*arguments: Any, **named: Any) -> Any:
+        global passes
         passes += 1
-        if passes == 3 and how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if passes == 3:
-            raise RuntimeError(FAILURE)
-        return execute_model(self, *args, **kwargs)
+        if passes == 3 and os.environ["RANK"] == "1":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory\n  in a frame of its own")
+        return execute_model(*arguments, **named)
 
     CPUModelRunner.execute_model = failing
+    return llm
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))
+    vllm.start_vllm = start_to_fail
+    sys.exit(train.main(sys.argv[1:]))

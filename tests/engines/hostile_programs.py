@@ -1,7 +1,7 @@
-"""Programs that try to get out of their sandbox, to outlast their limits, or to get a reward that they did not earn.
+"""Programs that try to escape the sandbox, to outlast their limits, or to obtain an unearned reward.
 
-An escape is written so that it prints "escaped", the right answer to its problem, if it comes off. Those of
-`ESCAPES` come off on a bare machine, which the tests make sure of; those of `GRAVE_ESCAPES` would harm it.
+An escape that succeeds prints "escaped", the right answer to its problem. The tests check that those of `ESCAPES`
+succeed without a sandbox; those of `GRAVE_ESCAPES` would harm the machine.
 """
 
 import textwrap
@@ -23,7 +23,13 @@ def escape(attack: str, **values: object) -> str:
     return _ESCAPE.format(attack=textwrap.indent(textwrap.dedent(attack).strip(), "    "))
 
 
-# {port}, {pid} and {folder} are the test's: of a server, of a process, and of a folder anyone may write to.
+# Escapes that bubblewrap alone prevents.
+NEED_WALLS = {
+    *("read a host file", "list the host's folders", "walk /proc", "read a process's command line", "host name"),
+    *("installed packages", "this package", "200 threads"),
+}
+
+# The test fills in {port} of a server, {pid} of a process, and {folder}, which any user may write to.
 ESCAPES = {
     "read a host file": "assert 'root' in open('/etc/passwd').read()",
     "list the host's folders": "assert 'etc' in os.listdir('/')",
@@ -69,7 +75,7 @@ ESCAPES = {
     "signals to others by fcntl": "import fcntl; fcntl.fcntl(os.pipe()[0], 8, os.getppid())",
     "environment": "assert os.environ['CODE_REWARD_SECRET']",
     "installed packages": "import importlib.util; assert importlib.util.find_spec('numpy')",
-    "this package": "import megatron_aspo.rewards.code_judge",
+    "this package": "import megatron_aspo.rewards.programs.verifier",
     "host name": "assert os.uname().nodename != 'sandbox'",
     "2000 descriptors": "[os.dup(0) for _ in range(2000)]",
     "2 GiB": "bytearray(2 << 30)",
@@ -129,7 +135,7 @@ GRAVE_ESCAPES = {
         """,
 }
 
-# Each with what it comes to.
+# Each program with a part of the expected reason.
 OVERRUNS = {
     "a loop": ("while True: pass", "time limit"),
     "a loop in C": ("sum(range(10**12))", "time limit"),
@@ -152,6 +158,7 @@ OVERRUNS = {
     "a flood": ("print('escaped')\nwhile True: print('x' * 9999)", "KiB of output"),
     "a flood of errors": ("import sys\nprint('escaped')\nwhile True: sys.stderr.write('x' * 9999)", "KiB of output"),
     "a flood of reports": ("import os\nwhile True: os.write(3, b'x' * 9999)", "KiB of output"),
+    "a report in depth": ("import os; os.write(3, b'{\"reason\": ' + b'[' * 900 + b']' * 900 + b'}')", "wrong answer"),
     "memory": ("x = [0]\nwhile True: x += x", "MemoryError"),
     "a long text": ("'a' * 10**11", "MemoryError"),
     "no stack": ("import ctypes; ctypes.string_at(0)", "signal 11"),
@@ -163,7 +170,7 @@ OVERRUNS = {
     "a graver exception": ("print('escaped'); raise KeyboardInterrupt", "KeyboardInterrupt"),
 }
 
-# The tests of these ask f for values that no program can guess.
+# The tests of these programs call f for values that no program can guess.
 TEST = """
 def check(candidate):
     for n in range(40):
@@ -223,8 +230,8 @@ FORGERIES = {
         """,
     "a harness of its own": """
         import json, sys
-        import megatron_aspo.rewards.sandbox_harness as harness
-        harness.write = harness.say = lambda *a: None
+        import megatron_aspo.rewards.programs.inside.jobs as jobs
+        jobs.say = lambda *a: None
         json.dumps = lambda *a, **k: '{"passed": 1}'
         sys.modules["__main__"].__dict__.update(fail=print)
         def f(n): return 0
@@ -235,7 +242,7 @@ FORGERIES = {
     "all objects": _SEARCH.replace(
         "{texts}", "(t for o in gc.get_objects() for t in gc.get_referents(o) if type(t) is str)"
     ),
-    "the tests' module": "import tests\ndef f(n): return (n * 7919 + 13) % 1009",
+    "the tests' module": "from tests import check\ndef f(n): return (n * 7919 + 13) % 1009",
     "an exception for the judge": 'import os\ndef f(n): os.write(5, b\'{"error": "SystemExit", "message": "0"}\\n\')',
     "an exception that is none": 'import os\ndef f(n): os.write(5, b\'{"error": "exec", "message": "1"}\\n\')',
     "a reply in depth": "import os\ndef f(n): os.write(5, b'{\"result\": ' + b'[' * 60000 + b'\\n')",

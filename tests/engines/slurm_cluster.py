@@ -1,6 +1,6 @@
 """A Slurm cluster of four nodes on this host, from Debian's packages, with all its state in one folder.
 
-Its nodes pretend to have 8 GPUs, as the scripts ask for; jobs that shall train ask for none.
+Each node declares 8 GPUs, which the scripts request; jobs that actually train request none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_aspo.launch import _die_with_parent, _free_port
+from megatron_aspo.ranks.launch import _die_with_parent, _free_port
 
 NODES = 4
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
@@ -63,7 +63,7 @@ NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, if so."""
+    """Reason why a cluster cannot run here, or None."""
     if os.getuid() != 0:
         return "a Slurm cluster needs root"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
@@ -71,7 +71,7 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """The daemons, from construction to `close`; they do not outlive this process."""
+    """The Slurm daemons, from construction to `close`; they exit with this process."""
 
     def __init__(self, state: Path) -> None:
         self.state = state
@@ -79,14 +79,14 @@ class Cluster:
         ports: set[int] = set()
         while len(ports) < NODES + 1:
             ports.add(_free_port())
-        # The ranks' port comes from the job's number: other clusters on this host shall have other numbers, also
-        # that of a process started right after this one.
+        # Slurm derives the ranks' port from the job number. Other clusters on this host must get other numbers, also
+        # one whose process started right after this one.
         text = CONFIG.format(state=state, host=host, port=ports.pop(), first_job=100 * (os.getpid() % 100) + 1)
         for number, port in enumerate(ports):
             text += NODE.format(name=f"node{number}", host=host, port=port)
         (state / "slurm.conf").write_text(text)
         (state / "plugstack.conf").touch()
-        # Slurm wants devices, and one for each GPU.
+        # Slurm requires device files, one for each GPU.
         for number in range(8):
             (state / f"gpu{number}").symlink_to("/dev/null")
         (state / "gres.conf").write_text(
@@ -128,10 +128,15 @@ class Cluster:
         return self.call("sinfo", "-hN", "-pbatch", "-tidle", check=False).count("\n") == NODES
 
     def call(self, *command: str, check: bool = True) -> str:
-        """Output of a command; `check`: it must succeed."""
+        """Output of a command; with `check` a failing command raises."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
+
+    def field(self, job: str, name: str) -> str:
+        """A field of `scontrol show job`."""
+        shown = self.call("scontrol", "--oneliner", "show", "job", job)
+        return next(word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}="))
 
     def close(self) -> None:
         """End the jobs, then the daemons."""
@@ -153,8 +158,8 @@ class Job:
     """A batch job of one of the scripts in slurm/.
 
     Args:
-        words: what stands behind the script's name.
-        flags: sbatch's.
+        words: arguments of the script.
+        flags: options of sbatch.
     """
 
     def __init__(self, cluster: Cluster, root: Path, name: str, words: list[str], flags: list[str]) -> None:
@@ -165,13 +170,11 @@ class Job:
         self.id = cluster.call(*command, *flags, *script).strip()
 
     def field(self, name: str) -> str:
-        """What `scontrol show job` says of it."""
-        shown = self.cluster.call("scontrol", "--oneliner", "show", "job", self.id)
-        return next(word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}="))
+        return self.cluster.field(self.id, name)
 
     @property
     def said(self) -> str:
-        """The batch script's output."""
+        """Output of the batch script."""
         return self.output.read_text() if self.output.exists() else ""
 
     @property
@@ -182,7 +185,7 @@ class Job:
         return self.field("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
     def processes(self) -> list[psutil.Process]:
-        """All python processes of the run, on any node."""
+        """All Python processes of the run, on any node."""
         marks = {f"output_dir={self.run_dir.parent}", f"name={self.name}"}
         found: list[psutil.Process] = []
         for process in psutil.process_iter(["cmdline", "status"]):
@@ -192,14 +195,14 @@ class Job:
         return found
 
     def finish(self, timeout: float = 400) -> None:
-        """Wait for its end; nothing of it may be left then."""
+        """Wait until the job ends, and check that it leaves no process behind."""
         wait_until(self.is_over, timeout, lambda: f"the end of {self.name}\n{self.said}")
         wait_until(lambda: not self.processes(), 30, f"the end of all processes of {self.name}")
         wait_until(lambda: not self.cluster.call("squeue", "-h", "-j", self.id), 30, "an empty queue")
 
 
 def wait_until(condition: Callable[[], object], timeout: float, what: str | Callable[[], str]) -> None:
-    """Wait for a condition; `what` is said when it does not come."""
+    """Wait for a condition; `what` is the error message on timeout."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout:g} s for {what() if callable(what) else what}"

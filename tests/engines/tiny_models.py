@@ -1,4 +1,4 @@
-"""Tiny random models as Hugging Face folders, one of each kind that is supported."""
+"""Tiny random models as Hugging Face folders, one of each supported kind."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_aspo.planning.architectures import PUBLIC
+from megatron_aspo.tools.planning.architectures import PUBLIC
 
 VOCAB = 131
-"""No multiple of any tensor-parallel size."""
+"""Vocabulary size, not a multiple of any tensor-parallel size."""
 
 _SHAPE = {
     "vocab_size": VOCAB,
@@ -47,7 +47,45 @@ _YARN_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
-# name -> (class of transformers, what its configuration has besides)
+_PARTIAL_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+_SIGMOID = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
+    "num_nextn_predict_layers": 0,
+}
+"""Experts chosen by sigmoids, a shared one, and a first layer without any."""
+
+_DELTA_NET = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_SHARED = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+}
+
+_KIMI_ROPE = _YARN_ROPE | {"beta_fast": 1.0}
+
+# name -> (class of transformers, additional fields of its configuration)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -65,52 +103,52 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    "mistral": ("Mistral", {"head_dim": 12, "sliding_window": 64}),
+    "glm4-moe": ("Glm4Moe", {"head_dim": 16, "attention_bias": True, "use_qk_norm": True, **_PARTIAL_ROPE, **_SIGMOID}),
+    "glm4-moe-lite": ("Glm4MoeLite", {**_LATENT, **_SIGMOID, "mlp_layer_types": ["dense", "sparse"]}),
     "deepseek-v3": (
         "DeepseekV3",
-        {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 12,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 4,
-            "v_head_dim": 8,
-            "first_k_dense_replace": 1,
-            "n_routed_experts": 8,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 4,
-            "n_group": 4,
-            "topk_group": 2,
-            "moe_intermediate_size": 24,
-            "num_nextn_predict_layers": 0,
-            "rope_parameters": _YARN_ROPE,
-        },
+        {**_LATENT, **_SIGMOID, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "rope_parameters": _YARN_ROPE},
     ),
+    # Published with this name, more experts than a byte can number, and no groups of them.
+    "kimi-k2": (
+        "DeepseekV3",
+        {**_LATENT, **_SIGMOID, "n_routed_experts": 12, "num_experts_per_tok": 4, "rope_parameters": _KIMI_ROPE},
+    ),
+    "qwen3-next": ("Qwen3Next", {**_DELTA_NET, **_SHARED}),
+    "qwen3.5": ("Qwen3_5Text", _DELTA_NET),
+    "qwen3.5-moe": ("Qwen3_5MoeText", {**_DELTA_NET, **_SHARED}),
 }
 
 
 def write_model(name: str, folder: Path, **changed: Any) -> Path:
-    """Model `name` of MODELS, no tensor of it at its usual initial value; `changed` replaces configuration fields.
-    The same weights each time: of others, one set in a hundred has a token that rounding sends to another expert, or
-    whose log-prob it moves by more than tests allow."""
+    """Write model `name` of MODELS with no tensor at its usual initial value; `changed` replaces configuration
+    fields. The weights are always the same. With one seed in a hundred, rounding would send a token to another
+    expert, or change its log-prob by more than the tests allow."""
     import transformers
 
     kind, fields = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**{**_SHAPE, **fields, **changed})
     with torch.random.fork_rng([]):
-        torch.manual_seed(2)  # with it, no token of the tests is nearer than 6e-5 to another expert
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        torch.manual_seed(2)  # with this seed, every token of the tests is at least 6e-5 away from another expert
+        model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        for buffer in (x for x_name, x in model.named_buffers() if "correction_bias" in x_name):
+            buffer += 0.05 * torch.randn(buffer.shape, generator=generator)
     model.save_pretrained(folder)
+    if name == "kimi-k2":
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "kimi_k2"}))
     return folder
 
 
 def write_published(folder: Path, meant: Path, block: int = 16, **changed: Any) -> Path:
-    """Model deepseek-v3 in `folder` as DeepSeek publishes such a model; `meant` has the weights that it stands for in
-    float32. Linear weights are in FP8 with a scale for each block, other tensors in bfloat16, the router's bias in
-    float32; there is a layer for MTP; some scales are not in the file of their weights."""
+    """Write model deepseek-v3 to `folder` in DeepSeek's published format, and to `meant` the weights that it
+    encodes, in float32. Linear weights are in FP8 with a scale for each block, other tensors in bfloat16, the
+    router's bias in float32. There is an MTP layer, and some scales are in another file than their weights."""
     write_model("deepseek-v3", meant, **changed)
     generator = torch.Generator().manual_seed(2)
     stored: dict[str, Tensor] = {}
@@ -139,14 +177,14 @@ def write_published(folder: Path, meant: Path, block: int = 16, **changed: Any) 
     weight_map = {tensor: name for name, tensors in files.items() for tensor in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
-    ours, theirs = json.loads((meant / "config.json").read_text()), PUBLIC["deepseek-ai/DeepSeek-V3"]
-    config = {name: ours.get(name, value) for name, value in theirs.items()}
-    rope = ours["rope_parameters"]
+    tiny, large = json.loads((meant / "config.json").read_text()), PUBLIC["deepseek-ai/DeepSeek-V3"]
+    config = {name: tiny.get(name, value) for name, value in large.items()}
+    rope = tiny["rope_parameters"]
     config |= {
         "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-        "num_nextn_predict_layers": theirs["num_nextn_predict_layers"],
-        "quantization_config": theirs["quantization_config"] | {"weight_block_size": [block, block]},
-        "rope_scaling": {name: rope[name] for name in theirs["rope_scaling"] if name != "type"} | {"type": "yarn"},
+        "num_nextn_predict_layers": large["num_nextn_predict_layers"],
+        "quantization_config": large["quantization_config"] | {"weight_block_size": [block, block]},
+        "rope_scaling": {name: rope[name] for name in large["rope_scaling"] if name != "type"} | {"type": "yarn"},
         "rope_theta": rope["rope_theta"],
         "torch_dtype": "bfloat16",
     }
@@ -154,8 +192,51 @@ def write_published(folder: Path, meant: Path, block: int = 16, **changed: Any) 
     return folder
 
 
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+_VISION = {
+    **{"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4},
+    **{"out_hidden_size": _SHAPE["hidden_size"], "num_position_embeddings": 16},
+}
+
+
+def write_with_vision(name: str, folder: Path) -> Path:
+    """Write "qwen3.5", "qwen3.5-moe" or "qwen3.6-moe" as published: with a vision encoder, the text model under a
+    prefix, all experts of a layer in one tensor, and an MTP layer, whose experts are apart in Qwen3.5 and in one tensor
+    in Qwen3.6. Text is in float32, the rest in another file in bfloat16."""
+    import transformers
+
+    kind = {"qwen3.5": "Qwen3_5", "qwen3.5-moe": "Qwen3_5Moe", "qwen3.6-moe": "Qwen3_5Moe"}[name]
+    rope = {"rope_parameters": _MROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}}
+    text = {**_SHAPE, **MODELS[name.replace("3.6", "3.5")][1], **rope, "mtp_num_hidden_layers": 1}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=_VISION)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(2)
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+        stored = {key: x + 0.2 * torch.randn(x.shape) for key, x in model.state_dict().items()}
+    layer = "model.language_model.layers.1."
+    mtp = {key.replace(layer, "mtp.layers.0."): x.clone() for key, x in stored.items() if layer in key}
+    for key in [key for key in mtp if "mlp.experts." in key and name == "qwen3.5-moe"]:
+        experts = mtp.pop(key)
+        mtp |= {key.replace("experts.", f"experts.{i}."): x.clone() for i, x in enumerate(experts)}
+    mtp["mtp.fc.weight"] = torch.ones(32, 64)
+    mtp |= {key: stored.pop(key) for key in [key for key in stored if ".visual." in key]}
+    folder.mkdir(parents=True)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    files = {f"model-0000{i}-of-00002.safetensors": tensors for i, tensors in enumerate((stored, mtp), 1)}
+    for file, tensors in files.items():
+        dtype = torch.float32 if tensors is stored else torch.bfloat16
+        save_file({key: x.to(dtype) for key, x in tensors.items()}, folder / file, {"format": "pt"})
+    weight_map = {tensor: file for file, tensors in files.items() for tensor in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_tokenizer(folder)
+    for path in folder.glob("tokenizer*.json"):  # transformers adds this token to a tokenizer of Qwen's that lacks it
+        path.write_text(path.read_text().replace("<s>", "<|endoftext|>"))
+    return folder
+
+
 def _in_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight in FP8, the scales of its blocks, and what the two stand for."""
+    """A weight in FP8, the scales of its blocks, and the product of the two."""
     rows, columns = weight.shape
     padded = functional.pad(weight, (0, -columns % block, 0, -rows % block))
     blocks = padded.reshape(padded.shape[0] // block, block, -1, block)
@@ -168,7 +249,7 @@ def _in_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
 def change_published(
     source: Path, folder: Path, config: dict[str, Any] | None = None, **tensors: Tensor | None
 ) -> Path:
-    """A copy of a published model with other tensors, None for none, and fields of config.json, None for none."""
+    """Copy a published model with changed tensors and config.json fields; the value None removes one."""
     shutil.copytree(source, folder)
     path = folder / "config.json"
     fields = json.loads(path.read_text()) | (config or {})
@@ -180,7 +261,7 @@ def change_published(
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of ASCII characters with a chat template; `</s>` ends a sequence."""
+    """Write a tokenizer of ASCII characters with a chat template; `</s>` ends a sequence."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,13 @@
-"""The table of weights and reported values, token by token in plain Python: the tests' own second opinion."""
+"""Independent reference for the tests: the table of weights and reported values, token by token in plain Python."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from megatron_aspo.config.loss import PolicyLossConfig
+from megatron_aspo.loss import LossOutput, policy_loss
 
 Response = Sequence[tuple[float, float, float]]
 """(logprob, old_logprob, advantage) of every token."""
@@ -21,7 +27,12 @@ def scalar_terms(
     mean_log_ratio = sum(logprob - old for logprob, old, _ in response) / len(response)
     sequence_ratio = math.exp(min(10.0, mean_log_ratio))
     terms: list[tuple[float, float]] = []
-    for (logprob, _, advantage), r, lo, hi in zip(response, ratios, low, high, strict=True):
+    clipped = [
+        min(logprob - old, hi) if advantage > 0 else max(logprob - old, -lo)
+        for (logprob, old, advantage), lo, hi in zip(response, low, high, strict=True)
+    ]
+    clipped_ratio = math.exp(min(10.0, sum(clipped) / len(clipped)))
+    for (logprob, old, advantage), r, lo, hi in zip(response, ratios, low, high, strict=True):
         match objective:
             case "aspo":
                 terms.append(_aspo(logprob, r, advantage, lo, hi, math.inf if c is None else c))
@@ -37,8 +48,27 @@ def scalar_terms(
                 terms.append((w, -w * advantage * logprob))
             case "response_mean_is":
                 terms.append(_ppo(r, advantage, lo, hi, c))
+            case "aspo_unmasked":
+                hi = math.inf if advantage > 0 else hi
+                terms.append(_aspo(logprob, r, advantage, lo, hi, math.inf if c is None else c))
+            case "no_is_pos" | "up" if advantage > 0:
+                w = 1.0 if objective == "up" or r <= 1 + hi else 0.0
+                terms.append((w, -w * advantage * logprob))
+            case "no_is_pos" | "up":
+                terms.append(_ppo(r, advantage, lo, hi, c))
+            case "tis":
+                w = r if c is None else min(r, c)
+                terms.append((w, -w * advantage * logprob))
             case "cispo":
                 w = min(max(r, 1 - lo), 1 + hi)
+                terms.append((w, -w * advantage * logprob))
+            case "gmpo":
+                inside = -lo <= logprob - old or advantage > 0, logprob - old <= hi or advantage <= 0
+                terms.append((clipped_ratio * all(inside), -advantage * clipped_ratio))
+            case "dppo" | "dppo_kl":
+                w = r if c is None else min(r, c)
+                moved = _moved(objective, logprob, math.log(r))
+                w *= not (advantage > 0 and moved > hi) and not (advantage < 0 and moved < -lo)
                 terms.append((w, -w * advantage * logprob))
             case "sapo":
                 t = tau[0] if advantage > 0 else tau[1]
@@ -55,6 +85,15 @@ def _inside(r: float, advantage: float, low: float, high: float) -> bool:
     return advantage == 0 or r >= 1 - low
 
 
+def _moved(objective: str, logprob: float, log_ratio: float) -> float:
+    """The binary divergence of the old policy from the current one, signed as the change of the probability."""
+    p, q = math.exp(logprob), math.exp(logprob - log_ratio)
+    if objective == "dppo":
+        return p - q
+    kl = q * math.log(q / p) + max(1 - q, 1e-8) * math.log(max(1 - q, 1e-8) / max(1 - p, 1e-8))
+    return kl * math.copysign(1.0, log_ratio)
+
+
 def _ppo(r: float, advantage: float, low: float, high: float, c: float | None) -> tuple[float, float]:
     clipped = min(max(r, 1 - low), 1 + high)
     value = max(-advantage * r, -advantage * clipped)
@@ -66,7 +105,7 @@ def _ppo(r: float, advantage: float, low: float, high: float, c: float | None) -
 
 
 def _aspo(logprob: float, r: float, advantage: float, low: float, high: float, c: float) -> tuple[float, float]:
-    """The second table of the specification, row by row."""
+    """Second table of the specification, row by row."""
     size = abs(advantage)
     if advantage > 0:
         if r > 1 + high:
@@ -88,9 +127,54 @@ def _sigmoid(x: float) -> float:
 
 
 def scalar_quantile(values: Sequence[float], q: float) -> float:
-    """Linearly interpolated between order statistics."""
+    """Quantile by linear interpolation between order statistics."""
     ordered = sorted(values)
     rank = q * (len(ordered) - 1)
     below = math.floor(rank)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (rank - below) * (ordered[above] - ordered[below])
+
+
+def response_terms(
+    config: PolicyLossConfig, response: Response, entropy: Sequence[float] = ()
+) -> list[tuple[float, float]]:
+    """`scalar_terms` of one response, with the configuration's clip ranges and dual clip."""
+    low, high = [config.clip_low] * len(response), [config.clip_high] * len(response)
+    if config.entropy_quantile is not None and response:
+        limit = scalar_quantile(entropy, config.entropy_quantile)
+        low = [config.high_entropy_clip if e > limit else config.clip_low for e in entropy]
+        high = [config.high_entropy_clip if e > limit else config.clip_high for e in entropy]
+    cap = config.dual_clip
+    if cap == "default":
+        cap = {"aspo": 3.0, "aspo_unmasked": 3.0, "tis": 2.0, "dppo": 20.0, "dppo_kl": 20.0}.get(config.objective)
+    return scalar_terms(config.objective, response, low, high, cap) if response else []
+
+
+def rollout_factors(rhos: Sequence[float], config: PolicyLossConfig) -> tuple[list[float], list[bool], bool]:
+    """The correction of the tokens of one response with these pi_old / pi_rollout: (factors, cut, dropped)."""
+    low, high = config.rollout_sequence_low, config.rollout_sequence_high
+    mean = math.exp(sum(map(math.log, rhos)) / len(rhos))
+    dropped = (low is not None and mean < low) or (high is not None and mean > high)
+    dropped = dropped or (config.rollout_veto is not None and min(rhos) < config.rollout_veto)
+    factors, cut = [1.0] * len(rhos), [False] * len(rhos)
+    if config.rollout_correction == "truncate":
+        factors, cut = [min(r, config.rollout_ratio_high) for r in rhos], [r > config.rollout_ratio_high for r in rhos]
+    elif config.rollout_correction == "mask":
+        cut = [not config.rollout_ratio_low <= r <= config.rollout_ratio_high for r in rhos]
+        factors = [0.0 if c else r for r, c in zip(rhos, cut, strict=True)]
+    return [0.0 if dropped else f for f in factors], cut, dropped
+
+
+def differentiate(inputs: dict[str, Any], config: PolicyLossConfig) -> tuple[LossOutput, Any, Any]:
+    """The loss of `policy_loss`, and the gradients of its sum with respect to log-probs and entropy."""
+    given = [name for name in ("logprobs", "entropy") if inputs.get(name) is not None]
+    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in given}
+    out = policy_loss(**inputs | leaves, config=config)
+    out.loss_sum.backward()
+    gradients = {name: leaf.grad for name, leaf in leaves.items()}
+    assert gradients["logprobs"] is not None
+    return out, gradients["logprobs"], gradients.get("entropy")
+
+
+def numbers(metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[float, float]]:
+    return {name: (float(total), float(count)) for name, (total, count) in metrics.items()}

@@ -1,115 +1,89 @@
-"""What is found of Transformer Engine and apex, on import paths of real folders; an impostor harms nothing."""
+"""Detection of Transformer Engine and apex on import paths; an unrelated package with the same name does no harm."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from megatron_aspo.config.installed import find_accelerators
+
 ROOT = Path(__file__).parents[2]
 
-FIND = "from megatron_aspo.accelerators import find_accelerators; print(find_accelerators())"
-
-# The spec of the layers, and Adam, are where Megatron-Core would take to apex.
+# Megatron-Core would use apex in the layers' spec and in Adam.
 BUILD = """
 import warnings; warnings.simplefilter("ignore")
 import torch, torch.distributed as dist
-from megatron_aspo.distributed import distributed
-from megatron_aspo.config import *
+from megatron_aspo.ranks.process_group import distributed
+from megatron_aspo.config.run import *
 config = RunConfig(name="t", model=ModelConfig(hidden_size=32, ffn_hidden_size=64))
 import apex; print("imported", apex.__file__)
 with distributed(config):
     from megatron_aspo.policy.trainer import Policy
     policy = Policy(config, 128)
     norms = {type(m).__module__ for m in policy.model.modules() if "Norm" in type(m).__name__}
-    print(norms, policy.model.config.gradient_accumulation_fusion)
+    print(norms)
     print(type(policy.optimizer.chained_optimizers[0].optimizer).__module__
           if hasattr(policy.optimizer, "chained_optimizers") else type(policy.optimizer.optimizer).__module__)
 """
 
-
-def run(folder: Path, code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(folder)!r}, {str(ROOT)!r}]\n{code}"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+IMPOSTOR = ("apex/__init__.py", "apex/models.py", "apex/lib/__init__.py")
+"""Some modules of the package that has the name of NVIDIA's on PyPI."""
+APEX = ("apex/__init__.py", "apex/optimizers/__init__.py", "apex/multi_tensor_apply/__init__.py")
+TE = ("transformer_engine/__init__.py", "transformer_engine_torch.py")
+TE_VERSIONS = {"transformer_engine": "2.20.2", "transformer_engine_torch": "2.20.2"}
+MIXED = {**TE_VERSIONS, "transformer_engine_torch": "2.19.0"}
 
 
-def make(folder: Path, *files: str) -> Path:
+def make(folder: Path, files: Sequence[str]) -> None:
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    return folder
-
-
-@pytest.fixture
-def impostor(tmp_path: Path) -> Path:
-    """A package named as PyPI's, with its metadata and some of its modules."""
-    make(tmp_path, "apex/__init__.py", "apex/models.py", "apex/lib/__init__.py")
-    info = tmp_path / "apex-0.9.10.dev0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: apex\nVersion: 0.9.10.dev0\nSummary: Toolkit for the Pyramid web framework\n"
-    )
-    return tmp_path
-
-
-def test_nothing_is_there(tmp_path: Path) -> None:
-    assert run(tmp_path, FIND) == "Adam: torch\nRMSNorm: torch\nfused weight gradients: none\n"
-
-
-def test_an_impostor_is_named(impostor: Path) -> None:
-    *found, problem = run(impostor, FIND).splitlines()
-    assert found == ["Adam: torch", "RMSNorm: torch", "fused weight gradients: none"]
-    assert problem.startswith("apex 0.9.10.dev0 (Toolkit for the Pyramid web framework) at ")
-    assert "is not NVIDIA's: pip uninstall apex" in problem
-
-
-@pytest.mark.slow
-def test_an_impostor_harms_no_model(impostor: Path) -> None:
-    imported, norms, adam = run(impostor, BUILD).splitlines()
-    assert imported == f"imported {impostor}/apex/__init__.py"
-    assert norms == "{'megatron_aspo.policy.cpu'} False"
-    assert adam.startswith("torch.optim")
 
 
 @pytest.mark.parametrize(
-    ("extensions", "adam", "wgrad"),
+    ("files", "versions", "adam", "norm", "problem"),
     [
-        ((), "torch", "none"),
-        (("amp_C.py",), "NVIDIA apex", "none"),
-        (("amp_C.py", "fused_weight_gradient_mlp_cuda.py"), "NVIDIA apex", "NVIDIA apex"),
+        ((), {}, "torch", "torch", None),
+        (IMPOSTOR, {}, "torch", "torch", "apex in .* is not NVIDIA's: pip uninstall apex"),
+        (APEX, {}, "torch", "torch", None),
+        ((*APEX, "amp_C.py"), {}, "NVIDIA apex", "torch", None),
+        (TE[:1], {}, "torch", "torch", "Transformer Engine is there without its extension for torch"),
+        (TE, TE_VERSIONS, "Transformer Engine", "Transformer Engine", None),
+        (TE, MIXED, "torch", "torch", r"\(transformer_engine 2\.20\.2, transformer_engine_torch 2\.19\.0\)"),
     ],
 )
-def test_nvidia_apex_counts_by_its_extensions(
-    tmp_path: Path, extensions: tuple[str, ...], adam: str, wgrad: str
+def test_what_is_found(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: Sequence[str],
+    versions: Mapping[str, str],
+    adam: str,
+    norm: str,
+    problem: str | None,
 ) -> None:
-    packages = ("apex/__init__.py", "apex/optimizers/__init__.py", "apex/multi_tensor_apply/__init__.py")
-    make(tmp_path, *packages, *extensions)
-    assert run(tmp_path, FIND) == f"Adam: {adam}\nRMSNorm: torch\nfused weight gradients: {wgrad}\n"
-
-
-def test_transformer_engine_without_its_extension(tmp_path: Path) -> None:
-    make(tmp_path, "transformer_engine/__init__.py")
-    assert "Transformer Engine is there without its extension for torch; install" in run(tmp_path, FIND)
-
-
-@pytest.mark.parametrize(("version", "adam"), [("2.20.2", "Transformer Engine"), ("2.19.0", "torch")])
-def test_the_parts_of_transformer_engine_have_one_version(tmp_path: Path, version: str, adam: str) -> None:
-    make(tmp_path, "transformer_engine/__init__.py", "transformer_engine_torch.py")
-    for name, of in (("transformer_engine", "2.20.2"), ("transformer_engine_torch", version)):
-        info = tmp_path / f"{name}-{of}.dist-info"
+    make(tmp_path, files)
+    for name, version in versions.items():
+        info = tmp_path / f"{name}-{version}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {of}\n")
-    found = run(tmp_path, FIND)
-    assert found.startswith(f"Adam: {adam}\nRMSNorm: {adam}\n")
-    assert ("different versions (transformer_engine 2.20.2, transformer_engine_torch 2.19.0)" in found) == (
-        adam == "torch"
-    )
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = find_accelerators()
+    assert (found.adam, found.norm, len(found.problems)) == (adam, norm, int(problem is not None))
+    assert problem is None or re.search(problem, found.problems[0])
+
+
+@pytest.mark.slow
+def test_an_impostor_harms_no_model(tmp_path: Path) -> None:
+    make(tmp_path, IMPOSTOR)
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n{BUILD}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    imported, norms, adam = done.stdout.splitlines()
+    assert imported == f"imported {tmp_path}/apex/__init__.py"
+    assert norms == "{'megatron_aspo.policy.cpu.layers'}"
+    assert adam.startswith("torch.optim")

@@ -1,19 +1,21 @@
-"""Reading programming problems from the formats that data sets have them in, and comparing answers."""
+"""Programming problems in the formats of public data sets, and comparison of answers."""
 
 import base64
 import json
 import os
 import pickle
 import struct
+import time
 import zlib
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from megatron_aspo.config_rewards import CodeRewardConfig
-from megatron_aspo.errors import UserError
-from megatron_aspo.rewards.code_problems import CodeProblem, extract_program, same_output, same_result
-from megatron_aspo.rewards.sandbox_nodes import (
+from megatron_aspo.rewards.programs.inside.nodes import (
+    is_one_of,
     is_same_list,
     is_same_tree,
     list_node,
@@ -21,11 +23,13 @@ from megatron_aspo.rewards.sandbox_nodes import (
     tree_node,
     tree_values,
 )
-from megatron_aspo.rewards.sandbox_syscalls import seccomp_filter
-from megatron_aspo.rewards.sandbox_wire import decode, encode
+from megatron_aspo.rewards.programs.inside.wire import decode, encode
+from megatron_aspo.rewards.programs.problems import CodeProblem, common_imports
+from megatron_aspo.rewards.programs.syscalls import seccomp_filter
+from megatron_aspo.rewards.programs.verifier import extract_program, same_output
 
 STDIN = CodeProblem("script", (("1\n", "2\n"), ("3\n", "4\n")))
-CALLS = CodeProblem("function", (([[1, 2], "a"], [3]), ([[], "b"], [None])), ("f",))
+CALLS = [([[1, 2], "a"], 3), ([[], "b"], None)]
 
 
 def packed(value: Any) -> str:
@@ -36,106 +40,93 @@ def lcb(kind: str, *tests: tuple[str, str]) -> list[dict[str, str]]:
     return [{"input": given, "output": expected, "testtype": kind} for given, expected in tests]
 
 
+LISTS = {"inputs": ["1\n", "3\n"], "outputs": ["2\n", "4\n"]}
+CASES = [{"type": "stdin_stdout", "input": "1\n", "output": "2\n", "fn_name": None},
+         {"type": "stdin_stdout", "input": "3\n", "output": "4\n"}]  # fmt: skip
+LCB = {
+    "public_test_cases": json.dumps(lcb("stdin", ("1\n", "2\n"))),
+    "private_test_cases": packed(json.dumps(lcb("stdin", ("3\n", "4\n")))),
+    "metadata": "{}",
+}
+LCB_CALLS = {
+    "public_test_cases": json.dumps(lcb("functional", ('[1, 2]\n"a"', "3"))),
+    "private_test_cases": json.dumps(lcb("functional", ('[]\n"b"', "null"))),
+    "metadata": '{"func_name": "f"}',
+}
+CHECK = "def check(c): pass\n"
+CHECKED = CodeProblem("tests", (f"{CHECK}\ncheck(f)\n",))
+ASSERTIONS = ["assert set(f(1)) == g({2})", "assert sqrt(f(4)) == h()"]
+SETUP = "from math import sqrt\ndef h(): return 2"
+ARCHER = "def check(candidate):\n    assert candidate(xs=[1, 2], k=inf) == max(3, 2)\n\n\ncheck(Solution().least)"
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"inputs": ["1\n", "3\n"], "outputs": ["2\n", "4\n"]}, STDIN),
-        ({"inputs": ["1\n", "3\n"], "outputs": ["2\n", "4\n"], "fn_name": None}, STDIN),
-        ({"inputs": [["1", ""], ["3", ""]], "outputs": ["2\n", "4\n"]}, STDIN),
-        ({"ground_truth": json.dumps({"inputs": ["1\n", "3\n"], "outputs": ["2\n", "4\n"]})}, STDIN),
-        ({"ground_truth": [json.dumps({"inputs": ["1\n", "3\n"], "outputs": ["2\n", "4\n"]})]}, STDIN),
-        ({"reward_model": {"ground_truth": {"inputs": ["1\n", "3\n"], "outputs": ["2\n", "4\n"]}}}, STDIN),
-        ({"input_output": json.dumps({"inputs": ["1\n", "3\n"], "outputs": ["2\n", "4\n"]})}, STDIN),
+        (LISTS, STDIN),
+        (LISTS | {"fn_name": None}, STDIN),
+        (LISTS | {"inputs": [["1", ""], ["3", ""]]}, STDIN),
+        ({"ground_truth": json.dumps(LISTS)}, STDIN),
+        ({"ground_truth": [json.dumps(LISTS)]}, STDIN),
+        ({"reward_model": {"ground_truth": LISTS}}, STDIN),
+        ({"input_output": json.dumps(LISTS)}, STDIN),
+        ({"ground_truth": json.dumps(CASES)}, STDIN),
+        (LCB, STDIN),
+        ({"prompt": 'def f(n):\n    """Half of n."""\n', "test": CHECK, "entry_point": "f"}, CHECKED),
+        (
+            {"prompt": "import math\ndef g(n): return n\ndef f(n):\n", "test": CHECK, "entry_point": "f"},
+            replace(CHECKED, prelude="import math\ndef g(n):\n    return n"),
+        ),
+        ({"prompt": "Write a function", "test": CHECK, "entry_point": "f"}, CHECKED),
         (
             {
-                "ground_truth": json.dumps(
-                    [
-                        {"type": "stdin_stdout", "input": "1\n", "output": "2\n", "fn_name": None},
-                        {"type": "stdin_stdout", "input": "3\n", "output": "4\n"},
-                    ]
-                )
-            },
-            STDIN,
-        ),
-        (
-            {
-                "public_test_cases": json.dumps(lcb("stdin", ("1\n", "2\n"))),
-                "private_test_cases": packed(json.dumps(lcb("stdin", ("3\n", "4\n")))),
-                "metadata": "{}",
-            },
-            STDIN,
-        ),
-        (
-            {
-                "public_test_cases": json.dumps(lcb("functional", ('[1, 2]\n"a"', "3"))),
-                "private_test_cases": json.dumps(lcb("functional", ('[]\n"b"', "null"))),
-                "metadata": '{"func_name": "f"}',
-            },
-            CALLS,
-        ),
-        ({"fn_name": "f", "inputs": ['[1, 2]\n"a"', '[]\n"b"'], "outputs": ["3", "null"]}, CALLS),
-        ({"fn_name": "f", "inputs": [[[1, 2], "a"], [[], "b"]], "outputs": [3, None]}, CALLS),
-        (  # as APPS has it, the result may be in a list, or not
-            {"fn_name": "f", "inputs": [[1]], "outputs": [[2]]},
-            CodeProblem("function", (([1], [[2], 2]),), ("f",)),
-        ),
-        (
-            {"prompt": 'def f(n):\n    """Half of n."""\n', "test": "def check(c): pass\n", "entry_point": "f"},
-            CodeProblem("tests", ("def check(c): pass\n\ncheck(f)\n",), ("f",), 'def f(n):\n    """Half of n."""\n'),
-        ),
-        (
-            {"prompt": "import math\ndef f(n):\n", "test": "def check(c): pass", "entry_point": "f"},
-            CodeProblem("tests", ("def check(c): pass\ncheck(f)\n",), ("f",), "import math\ndef f(n):\n\n    pass\n"),
-        ),
-        (
-            {"prompt": "Write a function", "test": "def check(c): pass", "entry_point": "f"},
-            CodeProblem("tests", ("def check(c): pass\ncheck(f)\n",), ("f",)),
-        ),
-        (
-            {
-                "test_list": ["assert set(f(1)) == g({2})", "assert sqrt(f(4)) == h()"],
+                "test_list": ASSERTIONS,
                 "test_imports": ["from math import sqrt"],
                 "test_setup_code": "def h(): return 2",
             },
-            CodeProblem(
-                "tests",
-                ("assert set(f(1)) == g({2})", "assert sqrt(f(4)) == h()"),
-                ("f", "g"),
-                setup="from math import sqrt\ndef h(): return 2",
-            ),
+            CodeProblem("tests", tuple(f"{SETUP}\n{assertion}" for assertion in ASSERTIONS)),
         ),
-        ({"ground_truth": '["assert f(1) == 2"]'}, CodeProblem("tests", ("assert f(1) == 2",), ("f",))),
-        (  # Archer's, of LeetCode's problems
-            {
-                "ground_truth": json.dumps(
-                    {
-                        "functional": "def check(candidate):\n    assert candidate(xs=[1, 2], k=inf) == max(3, 2)\n\n\n"
-                        "check(Solution().least)"
-                    }
-                )
-            },
-            CodeProblem(
-                "tests",
-                (
-                    "def check(candidate):\n    assert candidate(xs=[1, 2], k=inf) == max(3, 2)\n\n\n"
-                    "check(Solution().least)",
-                ),
-                ("least",),
-                setup="class Solution:\n    least = staticmethod(least)\ndel least\nfrom math import inf",
-            ),
-        ),
+        ({"ground_truth": '["assert f(1) == 2"]'}, CodeProblem("tests", ("assert f(1) == 2",))),
         (
-            {"functional": "import math as m\nfor i in range(3):\n    assert f(i) == m.sqrt(g([i for i in 'ab']))"},
-            CodeProblem(
-                "tests",
-                ("import math as m\nfor i in range(3):\n    assert f(i) == m.sqrt(g([i for i in 'ab']))",),
-                ("f", "g"),
-            ),
+            {"ground_truth": json.dumps({"functional": ARCHER})},
+            CodeProblem("tests", (f"from math import inf\n{ARCHER}",)),
         ),
     ],
-)  # fmt: skip
+)
 def test_formats(row: dict[str, Any], problem: CodeProblem) -> None:
     assert CodeProblem.from_row(row) == problem
+
+
+@pytest.mark.parametrize(
+    ("row", "calls"),
+    [
+        (LCB_CALLS, CALLS),
+        ({"fn_name": "f", "inputs": ['[1, 2]\n"a"', '[]\n"b"'], "outputs": ["3", "null"]}, CALLS),
+        ({"fn_name": "f", "inputs": [[[1, 2], "a"], [[], "b"]], "outputs": [3, None]}, CALLS),
+        # In APPS the result is optionally wrapped in a list.
+        ({"fn_name": "f", "inputs": [[1]], "outputs": [[2]]}, [([1], 2)]),
+        ({"fn_name": "f", "inputs": [[1]], "outputs": [[2]]}, [([1], [2])]),
+        ({"fn_name": "f", "inputs": [[1]], "outputs": [[[2, 3]]]}, [([1], (2, 3))]),
+    ],
+)
+def test_calls(row: dict[str, Any], calls: list[tuple[list[Any], Any]]) -> None:
+    tests = CodeProblem.from_row(row).tests
+    assert len(tests) == len(calls)
+    for test, (arguments, right) in zip(tests, calls, strict=True):
+        for result in (right, "wrong"):
+            solution = Mock()
+            solution.f.return_value = result
+            with nullcontext() if result == right else pytest.raises(AssertionError, match="wrong answer"):
+                exec(test, {"Solution": lambda solution=solution: solution})
+            solution.f.assert_called_once_with(*arguments)
+
+
+def test_common_names_are_imported() -> None:
+    code = "def f(xs: List[int]): return gcd(math.inf, *xs), bisect(xs, 1)"
+    assert common_imports(code).splitlines() == [
+        *("import bisect", "import math", "from typing import List", "from bisect import bisect"),
+        "from math import gcd, inf",
+    ]
 
 
 class Command:
@@ -144,43 +135,37 @@ class Command:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "named"),
     [
-        ({"answer": 4}, "no tests: needs entry_point and test"),
-        ({"reward_model": {"style": "rule"}}, r"reward_model\.ground_truth is missing"),
-        ({"ground_truth": "{'inputs': []}"}, r"ground_truth is no JSON \(Expecting property name"),
-        ({"ground_truth": "[]"}, "ground_truth holds no tests"),
-        ({"ground_truth": "[7]"}, r"ground_truth\[0\] is no object"),
-        ({"ground_truth": '[{"type": "math"}]'}, r"ground_truth\[0\]\.type='math' is not one of stdin_stdout"),
-        ({"ground_truth": '[{"type": "stdin", "input": "1"}]'}, r"ground_truth\[0\]\.output is missing"),
-        ({"ground_truth": json.dumps(lcb("functional", ("1", "2")))}, "calls a function and does not name it"),
-        (
-            {"ground_truth": json.dumps(lcb("stdin", ("1", "2")) + lcb("functional", ("1", "2")))},
-            "ground_truth mixes types of tests",
-        ),
+        ({"answer": 4}, "needs entry_point and test"),
+        ({"reward_model": {"style": "rule"}}, r"reward_model\.ground_truth "),
+        ({"ground_truth": "{'inputs': []}"}, "ground_truth is no JSON"),
+        ({"ground_truth": "[]"}, "ground_truth "),
+        ({"ground_truth": "[7]"}, r"ground_truth\[0\] "),
+        ({"ground_truth": '[{"type": "math"}]'}, r"ground_truth\[0\]\.type='math'"),
+        ({"ground_truth": '[{"type": "stdin", "input": "1"}]'}, r"ground_truth\[0\]\.output "),
+        ({"ground_truth": json.dumps(lcb("functional", ("1", "2")))}, "ground_truth .*fn_name"),
+        ({"ground_truth": json.dumps(lcb("stdin", ("1", "2")) + lcb("functional", ("1", "2")))}, "ground_truth mixes"),
         ({"inputs": ["1"]}, "outputs is missing"),
-        ({"inputs": ["1"], "outputs": []}, "outputs is no list, or is empty"),
+        ({"inputs": ["1"], "outputs": []}, "outputs "),
         ({"inputs": ["1"], "outputs": ["1", "2"]}, "outputs has 2 entries, inputs 1"),
-        ({"inputs": [1], "outputs": ["1"]}, r"inputs\[0\] is neither text nor a list of lines"),
-        ({"inputs": ["1"], "outputs": ["1"], "fn_name": "f(x)"}, r"fn_name='f\(x\)' is no name of a function"),
+        ({"inputs": [1], "outputs": ["1"]}, r"inputs\[0\] "),
+        ({"inputs": ["1"], "outputs": ["1"], "fn_name": "f(x)"}, r"fn_name='f\(x\)'"),
         ({"inputs": ["x"], "outputs": ["1"], "fn_name": "f"}, r"inputs\[0\] is no JSON"),
-        ({"inputs": [3], "outputs": ["1"], "fn_name": "f"}, r"inputs\[0\] is neither a list of arguments"),
+        ({"inputs": [3], "outputs": ["1"], "fn_name": "f"}, r"inputs\[0\] "),
         ({"entry_point": "f", "test": "def check(:"}, "test is no Python"),
         ({"entry_point": "f"}, "test is missing"),
-        ({"entry_point": "f", "test": "", "prompt": [{}]}, "prompt is no text"),
-        ({"entry_point": "f g", "test": ""}, "entry_point='f g' is no name of a function"),
+        ({"entry_point": "f", "test": "", "prompt": [{}]}, "prompt "),
+        ({"entry_point": "f g", "test": ""}, "entry_point='f g'"),
         ({"functional": "check("}, "functional is no Python"),
-        ({"functional": "assert len([]) == 0"}, "functional calls no function of the program"),
-        ({"functional": "check(Solution)"}, r"functional uses Solution other than as Solution\(\)\.name"),
-        ({"test_list": []}, "test_list is no list of assertions, or is empty"),
+        ({"test_list": []}, "test_list "),
         ({"test_list": ["assert f("]}, r"test_list\[0\] is no Python"),
-        ({"test_list": ["assert len([]) == 0"]}, "test_list calls no function of the program"),
-        ({"private_test_cases": "???"}, "private_test_cases is neither JSON nor base64 of a packed pickle"),
-        ({"private_test_cases": packed(Command())}, r"a packed pickle of it \(it asks for posix\.system\)"),
+        ({"private_test_cases": "???"}, "private_test_cases "),
+        ({"private_test_cases": packed(Command())}, r"private_test_cases .*posix\.system"),
     ],
-)  # fmt: skip
-def test_what_is_wrong_is_named(row: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+)
+def test_what_is_wrong_is_named(row: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         CodeProblem.from_row(row)
 
 
@@ -203,6 +188,13 @@ def test_what_is_wrong_is_named(row: dict[str, Any], message: str) -> None:
 )
 def test_the_last_block_is_the_program(response: str, program: str | None) -> None:
     assert extract_program(response) == program
+
+
+def test_open_blocks_take_linear_time() -> None:
+    """A pattern for a whole block takes a minute here, in which the trainer waits."""
+    started = time.monotonic()
+    assert extract_program("```python\n" * 20_000) is None
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -233,12 +225,11 @@ def test_outputs(output: str, expected: str, same: bool) -> None:
 
 
 def test_results() -> None:
-    assert same_result((1, [2, (3,)]), [[1, [2, [3]]]])
-    assert same_result([2], [[2], 2])
-    assert same_result(2, [[2], 2])
-    assert not same_result("2", [2])
-    assert not same_result({2}, [[2]])
-    assert not same_result(None, [0])
+    assert is_one_of((1, [2, (3,)]), [[1, [2, [3]]]])
+    assert is_one_of({"a": (1,)}, [{"a": [1]}])
+    assert not is_one_of("2", [2])
+    assert not is_one_of({2}, [[2]])
+    assert not is_one_of(None, [0])
 
 
 def test_tests_are_drawn_by_the_seed() -> None:
@@ -253,26 +244,9 @@ def test_tests_are_drawn_by_the_seed() -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        None,
-        True,
-        0,
-        -1,
-        2**53,
-        -(10**5000),
-        0.1,
-        -0.0,
-        float("inf"),
-        1 - 2j,
-        "",
-        'a\nb"\\ü\ud800\U0001f600',
-        b"\x00\xff",
-        bytearray(b"z"),
-        [],
-        (),
-        {},
-        set(),
-        frozenset({2.5}),
-        range(3, 0, -1),
+        *(None, True, 0, -1, 2**53, -(10**5000), 0.1, -0.0, float("inf"), 1 - 2j),
+        *("", 'a\nb"\\ü\ud800\U0001f600', b"\x00\xff", bytearray(b"z")),
+        *([], (), {}, set(), frozenset({2.5}), range(3, 0, -1)),
         [1, (2, [3, (4,)]), {"a": {(1, "b"): [None]}, 2: {frozenset({1})}}],
         {"tuple": 1, "int": "0x1"},
     ],
@@ -309,22 +283,6 @@ def test_other_values_do_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"backend": "docker"}, "backend='docker' is not one of bubblewrap, subprocess"),
-        ({"tests": 0}, "tests=0 must be > 0"),
-        ({"workers": -1}, "workers=-1 must be >= 0"),
-        ({"test_seconds": 0}, "test_seconds=0 must be > 0"),
-        ({"test_seconds": 61}, "at most total_seconds=60"),
-        ({"memory_mib": 8}, "memory_mib=8 must be >= 64"),
-    ],
-)
-def test_settings(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CodeRewardConfig(**settings)
-
-
-@pytest.mark.parametrize(
     ("number", "arguments", "allowed"),
     [
         (0, (0, 0, 0), True),  # read
@@ -355,26 +313,50 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
 def test_the_filter(number: int, arguments: tuple[int, ...], allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert run_filter(seccomp_filter(), 0xC000003E, number, arguments) == (0x7FFF0000 if allowed else 0x00050001)
-    assert run_filter(seccomp_filter(), 0x40000003, number, arguments) == 0x80000000  # i386 is killed
+    for other in (0x40000003, 0xC00000B7):  # i386, aarch64
+        assert run_filter(seccomp_filter(), other, number, arguments) == 0x80000000  # killed
 
 
-def test_the_filter_of_aarch64(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "arguments", "allowed"),
+    [
+        (63, (0, 0, 0), True),  # read
+        (56, (0, 0, 0), True),  # openat to read
+        (56, (0, 0, 1), False),  # to write
+        (56, (0, 0, 0o100), False),  # to create
+        (220, (0x3D0F00, 0, 0), True),  # clone of a thread
+        (220, (0x01200011, 0, 0), False),  # fork
+        (221, (0, 0, 0), False),  # execve
+        (261, (0, 0, 0), True),  # prlimit of itself
+        (261, (1, 0, 0), False),
+        (25, (0, 1, 0), True),  # fcntl F_GETFD
+        (25, (0, 8, 0), False),  # F_SETOWN
+        (29, (0, 0x5401, 0), True),  # ioctl TCGETS
+        (29, (0, 0x5412, 0), False),  # TIOCSTI
+        (198, (2, 1, 0), False),  # socket
+        (129, (1, 9, 0), False),  # kill
+        (117, (16, 1, 0), False),  # ptrace
+        (279, (0, 0, 0), False),  # memfd_create
+        (35, (0, 0, 0), False),  # unlinkat; nanosleep on x86-64
+        (257, (0, 0, 0), False),  # openat on x86-64
+    ],
+)
+def test_the_filter_of_aarch64(
+    number: int, arguments: tuple[int, ...], allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    code = seccomp_filter()
-    assert run_filter(code, 0xC00000B7, 63, (0, 0, 0)) == 0x7FFF0000  # read
-    for number in (198, 220, 221, 129):  # socket, clone without a thread, execve, kill
-        assert run_filter(code, 0xC00000B7, number, (0, 0, 0)) == 0x00050001
-    assert run_filter(code, 0xC000003E, 63, (0, 0, 0)) == 0x80000000
+    assert run_filter(seccomp_filter(), 0xC00000B7, number, arguments) == (0x7FFF0000 if allowed else 0x00050001)
+    assert run_filter(seccomp_filter(), 0xC000003E, number, arguments) == 0x80000000  # x86-64 is killed
 
 
 def test_other_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
-    with pytest.raises(UserError, match="code rewards run on x86_64 and aarch64, and this machine is riscv64"):
+    with pytest.raises(OSError, match="riscv64"):
         seccomp_filter()
 
 
 def run_filter(code: bytes, architecture: int, number: int, arguments: tuple[int, ...]) -> int:
-    """What the kernel's interpreter does, for the four instructions that the filter is made of."""
+    """Interpret the four instructions of the filter as the kernel does."""
     data = struct.pack("<IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
     position, value = 0, 0
     while True:

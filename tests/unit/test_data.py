@@ -1,14 +1,16 @@
-"""The stream of training prompts and the held-out set, over the real reasoning-gym."""
+"""The stream of training prompts and the held-out set, over the real reasoning-gym; the character tokenizer."""
 
+import string
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from megatron_aspo.config import DataConfig
+from megatron_aspo.config.data import DataConfig
 from megatron_aspo.data import Problem, PromptStream
+from megatron_aspo.data.tokenizer import AsciiTokenizer
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.reasoning_gym import judge
-from megatron_aspo.tokenizer import AsciiTokenizer
 
 TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 ONE_DIGIT = {**TWO_DIGITS, "min_digits": 1, "max_digits": 1}
@@ -29,30 +31,19 @@ def test_the_stream_is_the_seeds() -> None:
     assert len({p.id for p in drawn + first.held_out}) == 20 + 32
 
 
-def test_pieces_are_the_whole_and_a_position_resumes() -> None:
-    whole = prompts_of().draw(12)
-    source = prompts_of()
-    start = source.draw(5)
-    state = source.state_dict()
-    assert start + source.draw(7) == whole
-    resumed = prompts_of()
-    resumed.load_state_dict(state)
-    assert resumed.draw(7) == whole[5:]
-
-
 def test_held_out_problems_never_occur_in_training() -> None:
-    """A good part of all one-digit sums is held out; a thousand draws hit the other ones alone."""
+    """A good part of all one-digit sums is held out; a thousand draws hit only the others."""
     source = prompts_of(task_args=ONE_DIGIT, eval_prompts=40)
     held_out = {p.text for p in source.held_out}
     drawn = source.draw(1000)
     assert len(drawn) == 1000
     assert held_out.isdisjoint(p.text for p in drawn)
-    assert source.positions[0] > 1000  # some were skipped
+    assert source.state_dict()["positions"][0] > 1000  # some were skipped
     assert [p.id for p in source.held_out] == [-1 - i for i in range(40)]
 
 
 class Letters:
-    """Problem `seed + position` of the alphabet, over and over."""
+    """A source of the letters of the alphabet, cyclic; row i is letter `seed + position`."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -73,15 +64,23 @@ def test_a_source_of_the_callers_own() -> None:
     resumed = PromptStream(config, AsciiTokenizer(), 20, Letters)
     resumed.load_state_dict(stream.state_dict())
     assert [p.text[-1] for p in resumed.draw(2)] == ["c", "h"]
-    with pytest.raises(UserError, match="a prompt of the prompts that were passed has 4 tokens, 3 fit beside"):
+    with pytest.raises(UserError, match="passed has 4 tokens, 3 fit"):
         PromptStream(config, AsciiTokenizer(), 3, Letters)
+
+
+def test_a_source_without_problems() -> None:
+    class Nothing(Letters):
+        def __len__(self) -> int:
+            return 0
+
+    config = DataConfig(eval_prompts=4, prompt_template="{prompt}")
+    with pytest.raises(UserError, match="has no problems"):
+        PromptStream(config, AsciiTokenizer(), 20, Nothing)
 
 
 def test_nothing_outside_the_held_out_set() -> None:
     source = prompts_of(task="chain_sum", task_args=ONE_DIGIT, eval_prompts=3000)
-    with pytest.raises(
-        UserError, match=r"no problem outside the held-out set; lower data\.eval_prompts=3000, or widen"
-    ):
+    with pytest.raises(UserError, match=r"1000 are held out; lower data\.eval_prompts=3000"):
         source.draw(2000)
 
 
@@ -102,32 +101,24 @@ def test_overlong_prompts_are_left_out_and_counted() -> None:
     fitting = [p for p in looked_at if len(p.token_ids) <= 9 and p.text not in held_out]
     assert [p.id for p in drawn] == [p.id for p in fitting[:100]]
     again = prompts_of(64, task_args=MIXED)
-    seen = [again._next() for _ in range(source.positions[0])]
-    assert source.overlong == sum(len(p.token_ids) > 9 for p in seen) > 10
-    # So are the held-out ones, and the next ones take their place.
+    seen = [again._training.next(AsciiTokenizer()) for _ in range(source.state_dict()["positions"][0])]
+    assert source.overlong == sum(len(p.token_ids) > 9 for p in seen if p) > 10
+    # Overlong held-out prompts are replaced by the next ones.
     assert len(source.held_out) == 32
     expected = [p for p in prompts_of(64, task_args=MIXED, eval_prompts=200).held_out if len(p.token_ids) <= 9][:32]
     assert source.held_out == expected
     assert source.held_out_overlong == -expected[-1].id - 32 > 5
 
 
-def test_a_position_resumes_to_the_sample_where_some_are_left_out() -> None:
-    whole = filtered()
+@pytest.mark.parametrize("make", [prompts_of, filtered])
+def test_a_position_resumes_to_the_sample(make: Callable[[], PromptStream]) -> None:
+    whole, source, resumed = make(), make(), make()
     expected = whole.draw(60)
-    source = filtered()
     start = source.draw(23)
-    resumed = filtered()
     resumed.load_state_dict(source.state_dict())
-    assert resumed.overlong == source.overlong > 0
+    assert (resumed.overlong == source.overlong > 0) is (make is filtered)
     assert start + resumed.draw(37) == expected
     assert resumed.state_dict() == whole.state_dict()
-
-
-def test_when_none_is_left_to_train_on() -> None:
-    source = filtered()
-    source.max_prompt_tokens = 6
-    with pytest.raises(UserError, match=r"of 1000 problems in a row 1000 have more than the 6 tokens"):
-        source.draw(1)
 
 
 def test_a_right_answer_scores_one() -> None:
@@ -145,25 +136,33 @@ def test_a_right_answer_scores_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "named"),
     [
-        ({"task": "chain_sums"}, "no task 'chain_sums'"),
-        ({"task_args": {"min_term": 2}}, r"data\.task_args do not fit reasoning-gym's chain_sum: .*min_term"),
-        ({"task_args": {"min_terms": 5, "max_terms": 2}}, r"data\.task_args do not fit"),
-        ({"task_args": {"seed": 3}}, r"data\.task_args do not fit"),
+        ({"task": "chain_sums"}, "'chain_sums'"),
+        ({"task_args": {"min_term": 2}}, r"data\.task_args .*chain_sum: .*min_term"),
+        ({"task_args": {"min_terms": 5, "max_terms": 2}}, r"data\.task_args"),
+        ({"task_args": {"seed": 3}}, r"data\.task_args"),
         ({"prompt_template": "{expresion}"}, r"data\.prompt_template: KeyError 'expresion'; .*expression"),
         ({"prompt_template": "{"}, r"data\.prompt_template: ValueError"),
         ({"prompt_template": "{}"}, r"data\.prompt_template: IndexError"),
         ({"prompt_template": "{question.foo}"}, r"data\.prompt_template: AttributeError"),
         ({"prompt_template": "{question[a]}"}, r"data\.prompt_template: TypeError"),
-        ({"prompt_template": "{question} →"}, "knows ASCII only"),
-        ({"max_tokens": 4}, r"tokens, 4 fit beside the response; raise model\.max_sequence_length, or .*=filter"),
-        (
-            {"max_tokens": 4, "overlong_prompts": "filter"},
-            r"filter leaves nothing of .*: of 1000 problems in a row 1000 have more than the 4 tokens that fit",
-        ),
+        ({"prompt_template": "{question} →"}, r"'→'.*model\.hf_path"),
+        ({"max_tokens": 4}, r"4 fit .*model\.max_sequence_length, or .*=filter"),
+        ({"max_tokens": 4, "overlong_prompts": "filter"}, r"1000 have more than the 4 tokens .*=filter"),
     ],
 )
-def test_refuses(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_refuses(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
         prompts_of(**fields)
+
+
+@pytest.mark.parametrize("text", ["", "12 + 34 =", "two\nlines\t", string.printable[:95]])
+def test_characters_round_trip(text: str) -> None:
+    tokenizer = AsciiTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids == tuple(map(ord, text))
+    assert tokenizer.decode(ids) == text
+    # Control characters are not text.
+    assert tokenizer.decode((tokenizer.pad_id, *ids, tokenizer.eos_id, 127, 13)) == text
+    assert max((127, *ids)) < tokenizer.vocab_size

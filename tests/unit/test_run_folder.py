@@ -1,16 +1,18 @@
-"""What a run's folder tells the next attempt."""
+"""Checkpoints and settings in a run's folder, as seen by the next attempt."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_aspo.config import CheckpointConfig, ClusterConfig, OptimizerConfig, RunConfig, to_dict
-from megatron_aspo.config_data import DataConfig, SourceConfig
-from megatron_aspo.run_folder import changed_settings
-from megatron_aspo.run_log import save_provenance
+from megatron_aspo.config.data import DataConfig, SourceConfig
+from megatron_aspo.config.run import ClusterConfig, RunConfig
+from megatron_aspo.config.training import CheckpointConfig, OptimizerConfig
+from megatron_aspo.errors import UserError
+from megatron_aspo.journal.folder import changed_settings, find_resume
 
 BEFORE = RunConfig(
     name="first",
@@ -21,43 +23,36 @@ BEFORE = RunConfig(
 
 
 def attempt(run_dir: Path, config: RunConfig) -> Path:
-    save_provenance(run_dir, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), [])
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
     return run_dir / "checkpoints" / "step_000025"
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return attempt(tmp_path, BEFORE)
-
-
-def test_a_run_that_goes_on_as_it_was(checkpoint: Path) -> None:
+def test_each_change_is_named_with_what_it_was(tmp_path: Path) -> None:
+    checkpoint = attempt(tmp_path, BEFORE)
     resumed = replace(BEFORE, name="branch", output_dir="elsewhere", checkpoint=CheckpointConfig(resume="auto"))
     assert changed_settings(checkpoint, resumed) == []
-
-
-def test_each_change_is_named_with_what_it_was(checkpoint: Path) -> None:
     changed = replace(
-        BEFORE,
+        resumed,
         data=DataConfig(path="own.jsonl", seed=2),
         optimizer=OptimizerConfig(lr=2e-6, clip_grad=0.5),
-        checkpoint=CheckpointConfig(stop_signals=("SIGTERM",)),
+        checkpoint=CheckpointConfig(keep=5),
     )
-    assert changed_settings(checkpoint, changed) == [
+    expected = [
         'data.task="" (was chain_sum)',
         'data.path=own.jsonl (was "")',
         "data.seed=2 (was 1)",
         "optimizer.lr=2e-06 (was 1e-06)",
         "optimizer.clip_grad=0.5 (was 1.0)",
-        'checkpoint.stop_signals=["SIGTERM"] (was ["SIGUSR1", "SIGTERM"])',
+        "checkpoint.keep=5 (was 2)",
     ]
-
-
-def test_a_setting_that_an_older_version_did_not_know_is_no_change(checkpoint: Path) -> None:
-    file = checkpoint.parent.parent / "config.yaml"
+    assert changed_settings(checkpoint, changed) == expected
+    (tmp_path / "copies").mkdir()
+    assert changed_settings(tmp_path / "copies" / "step_000025", changed) == []  # without its run
+    # A setting that an older version did not have is no change.
+    file = tmp_path / "config.yaml"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(line for line in lines if not line.startswith("  lr: ")))
-    changed = replace(BEFORE, optimizer=OptimizerConfig(lr=2e-6, clip_grad=0.5))
-    assert changed_settings(checkpoint, changed) == ["optimizer.clip_grad=0.5 (was 1.0)"]
+    assert changed_settings(checkpoint, changed) == [line for line in expected if "lr" not in line]
 
 
 def test_mappings_and_lists_of_sections(tmp_path: Path) -> None:
@@ -73,12 +68,6 @@ def test_mappings_and_lists_of_sections(tmp_path: Path) -> None:
         'data.sources.0.task_args={"min_terms": 3} (was {})',
         'data.sources.1.prompt_template="Add:\\n{prompt}" (was "Sum:\\n{prompt}")',
     ]
-    for damaged in ("[null, 3]", "2026-01-01"):
-        file = checkpoint.parent.parent / "config.yaml"
-        file.write_text(f"data: {{sources: {damaged}}}\n")
-        (replaced,) = changed(one, other)
-        assert replaced.startswith("data.sources=[")
-    attempt(tmp_path, before)
     (fewer,) = changed(one)
     assert fewer.startswith('data.sources=[{"task": "chain_sum", "task_args": {}, ')
     assert fewer.count("...") == 2
@@ -87,15 +76,23 @@ def test_mappings_and_lists_of_sections(tmp_path: Path) -> None:
     assert cluster.endswith(" (was null)")
 
 
-def test_a_checkpoint_that_was_copied_from_its_run(checkpoint: Path) -> None:
-    (checkpoint.parent.parent / "copies").mkdir()
-    copied = checkpoint.parent.parent / "copies" / "step_000025"
-    assert changed_settings(copied, replace(BEFORE, optimizer=OptimizerConfig(lr=2e-6))) == []
+@pytest.mark.parametrize("text", ["a: [", "", "- 1", "\xff", "a: 2024-13-45", "data: {sources: [null, 3]}"])
+def test_a_damaged_file_keeps_nobody_from_resuming(text: str, tmp_path: Path) -> None:
+    checkpoint = attempt(tmp_path, BEFORE)
+    (tmp_path / "config.yaml").write_text(text, encoding="latin-1")
+    changed = changed_settings(checkpoint, BEFORE)
+    assert changed == [] or "sources" in text
+    (tmp_path / "config.yaml").unlink()
+    assert changed_settings(checkpoint, BEFORE) == []
 
 
-@pytest.mark.parametrize("text", ["a: [", "", "- 1", "\xff", "a: 2024-13-45"])
-def test_a_damaged_file_keeps_nobody_from_resuming(text: str, checkpoint: Path) -> None:
-    (checkpoint.parent.parent / "config.yaml").write_text(text, encoding="latin-1")
-    assert changed_settings(checkpoint, BEFORE) == []
-    (checkpoint.parent.parent / "config.yaml").unlink()
-    assert changed_settings(checkpoint, BEFORE) == []
+@pytest.mark.parametrize("resume", ["auto", "explicit"])
+@pytest.mark.parametrize("missing", ["weight_version", "state, step, weight_version"])
+def test_a_checkpoint_without_state_to_resume_from_is_refused(tmp_path: Path, resume: str, missing: str) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True)
+    meta = {key: 3 for key in ("step", "state", "weight_version") if key not in missing} | {"model": {}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    checkpoint = CheckpointConfig(resume=str(folder) if resume == "explicit" else resume)
+    with pytest.raises(UserError, match=rf"step_000003 holds no state to resume from.*has no {missing}\)"):
+        find_resume(RunConfig(name="run", output_dir=str(tmp_path), checkpoint=checkpoint))

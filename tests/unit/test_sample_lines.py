@@ -1,18 +1,20 @@
-"""The text of single tokens, and which steps are written."""
+"""Text of single tokens, and selection of the steps to write."""
 
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_aspo.config import PolicyLossConfig, TrainConfig
+from megatron_aspo.batch import Prompt, Sample
+from megatron_aspo.config.loss import PolicyLossConfig
+from megatron_aspo.config.training import TrainConfig
 from megatron_aspo.data.problem import Content
-from megatron_aspo.sample_log import ScoredTokens, is_logged, records, token_pieces
-from megatron_aspo.types import Prompt, Sample
+from megatron_aspo.policy.sample_log import is_logged, records, token_columns, token_pieces
 
 
 class Bytes:
-    """A token is a byte of UTF-8; the text has a space before it that the first token loses, as with SentencePiece."""
+    """A tokenizer of UTF-8 bytes that drops a leading space of the text, as SentencePiece does."""
 
     vocab_size, eos_ids, pad_id = 256, (0,), 0
 
@@ -33,8 +35,8 @@ class Bytes:
         (b"", []),
         (b"a b", ["a", " ", "b"]),
         ("aé€😀.".encode(), ["a", "", "é", "", "", "€", "", "", "", "😀", "."]),
-        (b"a\xff\xffbc", ["a", "", "", "\ufffd\ufffdb", "c"]),  # no UTF-8: told at the next character
-        (b"\xf0\x9f", ["", "\ufffd"]),  # cut amid a character
+        (b"a\xff\xffbc", ["a", "", "", "\ufffd\ufffdb", "c"]),  # invalid UTF-8: shown with the next character
+        (b"\xf0\x9f", ["", "\ufffd"]),  # cut inside a character
         (b"\xff" * 6, ["", "", "", "\ufffd" * 4, "", "\ufffd" * 2]),
     ],
 )
@@ -52,21 +54,34 @@ def test_logged_steps(every: int, steps: list[int]) -> None:
 
 def test_lines_by_hand() -> None:
     samples = [
-        Sample(Prompt(3, "one", (1,), {}), 3, (97, 98), "stop", text="ab", score=1.0, reward=0.5, advantage=1.0),
-        Sample(Prompt(3, "one", (1,), {}), 3, (99,), "length", text="c", advantage=-1.0),
-        Sample(Prompt(5, "two", (1,), {}), 5, (), "stop", advantage=1.0),
+        Sample(
+            Prompt(3, "one", (1,), {}),
+            3,
+            np.array([97, 98]),
+            "stop",
+            text="ab",
+            score=1.0,
+            reward=0.5,
+            advantage=1.0,
+            weight_version=2,
+            versions=np.array([2, 5], np.int32),
+        ),
+        Sample(Prompt(3, "one", (1,), {}), 3, np.array([99]), "length", text="c", advantage=-1.0, weight_version=4),
+        Sample(Prompt(5, "two", (1,), {}), 5, np.array([]), "stop", advantage=1.0),
     ]
     old = torch.tensor([[-1.0, -1.0], [-1.0, 0.0], [0.0, 0.0]])
-    logs = torch.tensor([[0.5, -2.0], [1.5, 0.0], [0.0, 0.0]]).log().nan_to_num(0, 0, 0)  # log r, 0 behind the end
+    logs = torch.tensor([[0.5, -2.0], [1.5, 0.0], [0.0, 0.0]]).log().nan_to_num(0, 0, 0)  # log r, 0 after the end
     logs[0, 1] = torch.tensor(0.25).log()
-    found = ScoredTokens.of(samples, old, old + logs, torch.ones(3, 2), PolicyLossConfig(dual_clip=3.0))
-    first, second = records(20, samples, found, Bytes())
+    table = torch.stack([old, old + logs, torch.ones(3, 2)])
+    columns = token_columns(samples, table, PolicyLossConfig(dual_clip=3.0))
+    first, second = records(20, samples, columns, Bytes())
     assert (first["step"], first["group"], first["prompt"], len(first["responses"])) == (20, 3, "one", 2)
     assert (second["step"], second["group"], second["prompt"]) == (20, 5, "two")
     up, down = first["responses"]
     assert up["tokens"] == ["a", "b"]
     assert up["ratio"] == pytest.approx([0.5, 0.25])
     assert up["weight"] == pytest.approx([2.0, 3.0])  # flipped, and held at the dual clip
+    assert (up["versions"], down["versions"]) == ([[2, 1], [5, 1]], [[4, 1]])
     assert (up["hard_clipped"], up["soft_clipped"]) == ([], [1])
     assert up["logprob"] == pytest.approx([-1.6931, -2.3863], abs=1e-4)
     assert up["entropy"] == [1.0, 1.0]

@@ -1,20 +1,31 @@
-"""slurm/ without Slurm: what a dry run prints."""
+"""slurm/ without Slurm: the output of a dry run."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from megatron_aspo.config_file import load_config
-from megatron_aspo.node_check import SILENCE, blame, rank_environment
+from megatron_aspo.commands.node_check import SILENCE, blame, host_threads, rank_environment
+from megatron_aspo.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {"aspo_32b": 4, "aspo_72b": 8, "aspo_235b_a22b": 16, "aspo_671b": 32}
+SCRIPTS = {
+    "aspo_32b": 4,
+    "aspo_32b_async": 8,
+    "aspo_72b": 8,
+    "aspo_80b_a3b": 4,
+    "aspo_106b": 8,
+    "aspo_235b_a22b": 16,
+    "aspo_235b_a22b_async": 32,
+    "aspo_671b": 32,
+}
 
 
 def dry_run(script: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -53,7 +64,7 @@ def test_a_container() -> None:
         assert "--container-image=/images/aspo.sqsh" in command
         assert f"--container-workdir={ROOT}" in command
         assert "--no-container-mount-home" in command
-        assert "python" in command  # the container's
+        assert "python" in command  # the container's python
 
 
 def test_torchrun() -> None:
@@ -63,50 +74,51 @@ def test_torchrun() -> None:
     assert train[train.index("--nproc-per-node") + 1] == "8"
 
 
+@pytest.mark.parametrize("path", ["slurm/body.sh", "examples/nemo_run/aspo.py"])
+def test_the_master_port_is_none_that_linux_hands_out(path: str) -> None:
+    """Linux uses ports 32768 to 60999 for outgoing connections, and reserves those below 1024."""
+    (formula,) = re.findall(r"MASTER_PORT=\S*?\$\(\(([^()]*)\)\)", (ROOT / path).read_text(encoding="utf-8"))
+    loop = f"for ((job = 0; job < 100000; job++)); do JOB=$job SLURM_JOB_ID=$job; echo $(({formula})); done"
+    done = subprocess.run(["bash", "-euc", loop], capture_output=True, text=True, check=True)
+    ports = [int(line) for line in done.stdout.split()]
+    assert len(ports) == 100000
+    assert 1024 <= min(ports) <= max(ports) < 32768
+    assert all(port != following for port, following in itertools.pairwise(ports))
+
+
 @pytest.mark.parametrize(
-    ("words", "environment", "line"),
+    ("words", "environment", "named"),
     [
-        (["LAUNCHER=mpirun"], {}, "LAUNCHER=mpirun is neither srun nor torchrun"),
-        (["RECIPE=tiniest"], {}, "RECIPE=tiniest is neither a file nor one of "),
-        (["RECIPE=/no/such.yaml"], {}, "RECIPE=/no/such.yaml is neither a file nor one of "),
-        (["RECIPPE=tiny"], {}, "RECIPPE=tiny: the settings of a job are RECIPE CONTAINER "),
-        (["MAX_CRASHES=few"], {}, "MAX_CRASHES=few is not a whole number"),
-        ([], {"SLURM_WAIT": "08"}, "SLURM_WAIT=08 is not a whole number"),
-        (["RECIPE=tiny", "--nodes=2"], {}, "--nodes=2: sbatch's flags go before the script's name"),
-        ([], {"DRY_RUN": "0"}, "not inside a Slurm job: submit with sbatch, or set DRY_RUN=1"),
+        (["LAUNCHER=mpirun"], {}, "LAUNCHER=mpirun"),
+        (["RECIPE=tiniest"], {}, "RECIPE=tiniest"),
+        (["RECIPPE=tiny"], {}, "RECIPPE=tiny"),
+        (["MAX_CRASHES=few"], {}, "MAX_CRASHES=few"),
+        (["SLURM_WAIT=08"], {}, "SLURM_WAIT=08"),
+        (["RECIPE=tiny", "--nodes=2"], {}, "--nodes=2"),
+        ([], {"DRY_RUN": "0"}, "DRY_RUN=1"),
+        ([], {"SLURM_SUBMIT_DIR": "/tmp"}, "ASPO_ROOT"),
     ],
 )
-def test_mistakes(words: list[str], environment: dict[str, str], line: str) -> None:
+def test_mistakes(words: list[str], environment: dict[str, str], named: str) -> None:
     done = dry_run("aspo_32b", *words, **environment)
     assert (done.returncode, done.stderr) == (2, "")
-    (said,) = done.stdout.splitlines()
-    assert said.partition("] ")[2].startswith(line)
-
-
-def test_a_folder_that_is_not_the_checkout(tmp_path: Path) -> None:
-    done = dry_run("aspo_32b", SLURM_SUBMIT_DIR=str(tmp_path))
-    line = f"{tmp_path} is not the checkout: submit from there, or export ASPO_ROOT\n"
-    assert (done.returncode, done.stdout + done.stderr) == (2, line)
+    (line,) = done.stdout.splitlines()
+    assert named in line
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_triton_caches_on_the_node(launcher: str, tmp_path: Path) -> None:
-    """In the temporary folder, of which the submitting machine may have had another one."""
+def test_kernels_are_cached_on_the_node(launcher: str, tmp_path: Path) -> None:
+    """The cache is in the node's temporary folder, which may differ from that of the submitting machine."""
     line = dry_run("aspo_32b", f"LAUNCHER={launcher}").stdout.splitlines()[1]
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True).stdout
     train = words.split("\0")
     start = train[train.index("-c") + 1]
-    cases = {str(tmp_path): str(tmp_path), str(tmp_path / "elsewhere"): "/tmp", "": "/tmp"}
-    for variable, folder in cases.items():
+    for variable, folder in {str(tmp_path): str(tmp_path), str(tmp_path / "elsewhere"): "/tmp", "": "/tmp"}.items():
         environment = {"TMPDIR": variable, "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"}
-        done = subprocess.run(
-            ["bash", "-c", start, "start", "bash", "-c", "echo $TRITON_CACHE_DIR"],
-            env={"PATH": os.environ["PATH"], **environment},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stdout == f"{folder}/triton-{os.getuid()}-7\n"
+        command = ["bash", "-c", start, "start", "bash", "-c", "echo $TRITON_CACHE_DIR $FLASHINFER_WORKSPACE_BASE"]
+        environment["PATH"] = os.environ["PATH"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{folder}/triton-{os.getuid()}-7 {folder}/flashinfer-{os.getuid()}\n"
 
 
 def test_the_documentation_has_every_setting_and_what_the_scripts_ask_for() -> None:
@@ -115,9 +127,6 @@ def test_the_documentation_has_every_setting_and_what_the_scripts_ask_for() -> N
     (known,) = re.findall('^KNOWN="(.*)"$', body, re.MULTILINE)
     settings = text.partition("| setting |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", settings, re.MULTILINE) == known.split()
-    defaults = dict(re.findall(r"^\| `(\w+)` \| `?(\w+)`? \|", settings, re.MULTILINE))
-    for name in ("LAUNCHER", "MAX_RESTARTS", "MAX_CRASHES", "SLURM_WAIT"):
-        assert re.search(rf"\${{{name}:[-=]{defaults[name]}}}", body), name
     rows = re.findall(r"^\| `slurm/(\w+)\.sh` \| `(\w+)` \| (\d+) \| (\d+) min \|$", text, re.MULTILINE)
     assert [row[0] for row in rows] == list(SCRIPTS)
     for script, recipe, nodes, minutes in rows:
@@ -125,21 +134,57 @@ def test_the_documentation_has_every_setting_and_what_the_scripts_ask_for() -> N
         assert f"RECIPE=${{RECIPE:-{recipe}}}\n" in lines
         assert f"#SBATCH --nodes={nodes}\n" in lines
         assert f"#SBATCH --signal=B:USR1@{60 * int(minutes)}\n" in lines
+        cluster = load_config(ROOT / f"examples/{recipe}.yaml").cluster
+        assert cluster is not None
+        assert (cluster.nodes, cluster.gpus_per_node) == (int(nodes), 8)
 
 
 def test_the_ranks_environment_goes_by_layout_and_gpu() -> None:
     config = load_config(ROOT / "examples/tiny.yaml")
-    assert rank_environment(config, (9, 0))["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in rank_environment(config, (10, 0))
-    assert rank_environment(config, (10, 0))["NVTE_FWD_LAYERNORM_SM_MARGIN"] == "16"
-    assert rank_environment(config, None) == {}
+    assert rank_environment(config.parallel, (9, 0))["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in rank_environment(config.parallel, (10, 0))
+    margins = {f"NVTE_{kind}_LAYERNORM_SM_MARGIN": "16" for kind in ("FWD", "BWD", "INF")}
+    assert rank_environment(config.parallel, (10, 0)) == margins
+    assert rank_environment(config.parallel, None) == {}
     alone = load_config(ROOT / "examples/tiny.yaml", ["parallel.tensor=1"])
-    assert rank_environment(alone, (9, 0)) == {}
+    assert rank_environment(alone.parallel, (9, 0)) == {}
+
+
+def test_threads_of_ranks_whose_adam_runs_on_the_host(monkeypatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    for bound, threads in ((12, 12), (96, 12)):  # whether Slurm binds the check to a rank's cores or to all
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, bound=bound: set(range(bound)))
+        assert host_threads(load_config(ROOT / "examples/deepseek_v3_671b.yaml").optimizer, 8) == threads
+        assert host_threads(load_config(ROOT / "examples/qwen3_32b.yaml").optimizer, 8) == 1
 
 
 def test_whom_to_blame() -> None:
     names = ["a", "b", "c"]
     assert blame(names, [[], [], []]) == {}
     assert blame(names, [[], ["no GPU", "no room"], []]) == {"b": "no GPU; no room"}
-    # A node that is gone makes the others' sums fail too.
+    # A missing node makes the other nodes' sums fail too.
     assert blame(names, [["broken pipe"], ["broken pipe"], [SILENCE]]) == {"c": SILENCE}
+
+
+def test_a_job_goes_on_from_what_it_saved_and_from_nothing_set_aside(tmp_path: Path) -> None:
+    """body.sh selects the newest complete checkpoint, and detects whether this job wrote it."""
+    body = (ROOT / "slurm" / "body.sh").read_text()
+    functions = re.findall(r"^(?:newest_checkpoint|saved_since)\(\) \{.*?^\}$", body, re.MULTILINE | re.DOTALL)
+    assert len(functions) == 2
+    checkpoints = tmp_path / "checkpoints"
+    for age, name in ((30, "step_000010"), (20, "step_000020.abandoned-1"), (10, "step_000030.partial")):
+        (checkpoints / name).mkdir(parents=True)
+        (checkpoints / name / "meta.json").write_text("{}")
+        os.utime(checkpoints / name / "meta.json", (1e9 - age, 1e9 - age))
+
+    def shell(started: float) -> list[str]:
+        (tmp_path / "started").touch()
+        os.utime(tmp_path / "started", (started, started))
+        code = "\n".join(["set -euo pipefail", f"RUN_DIR={tmp_path}", *functions])
+        code += "\nnewest_checkpoint\nif saved_since $RUN_DIR/started; then echo saved; else echo nothing; fi"
+        return subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+    assert shell(started=1e9) == [str(checkpoints / "step_000010"), "nothing"]
+    assert shell(started=1e9 - 60) == [str(checkpoints / "step_000010"), "saved"]
+    shutil.rmtree(checkpoints)
+    assert shell(started=1e9) == ["nothing"]

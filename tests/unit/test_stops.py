@@ -1,4 +1,4 @@
-"""The rule by which a response ends, on a tokenizer that can write the same text in several ways."""
+"""The stop rule on a tokenizer that can write the same text in several ways."""
 
 from __future__ import annotations
 
@@ -7,28 +7,17 @@ from collections.abc import Iterable
 import pytest
 
 from megatron_aspo.data.problem import Content
+from megatron_aspo.data.tokenizer import AsciiTokenizer
 from megatron_aspo.rollout.stops import Stops
-from megatron_aspo.tokenizer import AsciiTokenizer
 
 
 class Words:
-    """Tokens of several letters and bytes; a leading space is dropped, as SentencePiece does."""
+    """A tokenizer whose tokens are several letters or bytes; it drops a leading space, as SentencePiece does."""
 
-    tokens = (
-        b"<end>",
-        b"<turn>",
-        b"\n",
-        b"\n\n",
-        b"User",
-        b".\n\n",
-        b"Us",
-        b"er",
-        b" a",
-        b"b",
-        b"\xc3",
-        b"\xa9",
-        b":x",
+    tokens = tuple(
+        token.encode() for token in ("<end>", "<turn>", "\n", "\n\n", "User", ".\n\n", "Us", "er", " a", "b")
     )
+    tokens += (b"\xc3", b"\xa9", b":x")
     vocab_size = len(tokens)
     eos_ids = (0,)
     pad_id = 0
@@ -45,7 +34,7 @@ class Words:
 
 
 def end(stops: Stops, response: list[bytes]) -> int | None:
-    """The first of the response's lengths at which it has ended."""
+    """The smallest length at which the response has ended, or None."""
     ids = [Words.tokens.index(token) for token in response]
     lengths = (length for length in range(len(ids) + 1) if stops.ended(ids[:length]))
     return next(lengths, None)
@@ -58,14 +47,14 @@ def end(stops: Stops, response: list[bytes]) -> int | None:
         ((), [b"b", b"b"], None),
         ((), [], None),
         (("\n\nUser",), [b"b", b"\n\n", b"User", b"b"], 3),
-        (("\n\nUser",), [b"b", b".\n\n", b"Us", b"er", b"b"], 4),  # merged with what is before it, and split
+        (("\n\nUser",), [b"b", b".\n\n", b"Us", b"er", b"b"], 4),  # merged with the text before it, and split
         (("\n\nUser",), [b"b", b"\n", b"\n", b"Us", b"er"], 5),
         (("\n\nUser",), [b"\n", b"User", b"\n"], None),
         (("User:",), [b"b", b"User", b":x", b"b"], 3),  # the last token holds more than the string
-        (("b", "User"), [b"Us", b"er", b"b"], 2),  # the first that is complete
+        (("b", "User"), [b"Us", b"er", b"b"], 2),  # the first complete one
         (("é",), [b"b", b"\xc3", b"\xa9", b"b"], 3),  # a character of two tokens
         (("<turn>",), [b"b", b"<turn>", b"b"], 2),  # a special token
-        ((" a",), [b"b", b" a", b"b"], 2),  # its space is not lost at the edge of what is looked at
+        ((" a",), [b"b", b" a", b"b"], 2),  # its space is kept at the edge of the window
     ],
 )
 def test_the_first_token_that_completes_a_string(

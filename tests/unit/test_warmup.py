@@ -1,4 +1,4 @@
-"""What the warm-up demonstrates."""
+"""Demonstrations of the warm-up, and its cache."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_aspo.config import RunConfig
-from megatron_aspo.config_data import DataConfig
+from megatron_aspo.batch import Prompt
+from megatron_aspo.config.data import DataConfig
+from megatron_aspo.config.run import RunConfig
+from megatron_aspo.config.training import WarmupConfig
+from megatron_aspo.data.tokenizer import AsciiTokenizer
 from megatron_aspo.errors import UserError
-from megatron_aspo.tokenizer import AsciiTokenizer
-from megatron_aspo.types import Prompt
-from megatron_aspo.warmup import cache_path, make_demonstrations
+from megatron_aspo.policy.warmup import cache_path, make_demonstrations
 
 
 def demonstrated(answers: list[Any], wrong_fraction: float) -> list[str]:
@@ -45,3 +46,14 @@ def test_other_files_under_the_same_name_are_another_warm_up(tmp_path: Path) -> 
             file.write_text(text)
         paths.append(cache_path(config))
     assert paths[0] == paths[1] != paths[2]
+
+
+def test_runs_of_several_seeds_share_a_warm_start() -> None:
+    def path(seed: int, data_seed: int, warmup_seed: int | None) -> Path:
+        warmup = WarmupConfig(updates=1, seed=warmup_seed)
+        return cache_path(RunConfig("t", seed=seed, data=DataConfig(seed=data_seed), warmup=warmup))
+
+    assert path(1, 2, 5) == path(3, 4, 5) != path(1, 2, 6)
+    assert len({path(1, 2, None), path(3, 2, None), path(1, 4, None)}) == 3
+    assert RunConfig("t", seed=3, warmup=WarmupConfig(seed=5)).init_seed == 5
+    assert RunConfig("t", seed=3).init_seed == 3

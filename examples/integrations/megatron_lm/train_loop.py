@@ -1,8 +1,8 @@
-"""A whole ASPO step over Megatron-Core's schedule, to lift from: old log-probs of rollouts, then several updates.
+"""A complete ASPO step over Megatron-Core's schedule, to copy from: old log-probs of rollouts, then several updates.
 
     torchrun --nproc-per-node 4 examples/integrations/megatron_lm/train_loop.py --tensor 2 --pipeline 2
 
-GPTModel, rollouts and rewards stand for yours. Without GPUs it runs over gloo. See README.md.
+Replace GPTModel, rollouts and rewards by yours. Without GPUs it runs over gloo. See README.md.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_lm_aspo import forward_step
 from torch import Tensor
 
-from megatron_aspo.loss import PolicyLossConfig, megatron_logprobs_head
+from megatron_aspo.loss import PolicyLossConfig, megatron_forward, megatron_logprobs_head
 
 VOCAB, PROMPT, LENGTH, MICRO_BATCH = 64, 4, 24, 2
 
 
 def existing_model(config: TransformerConfig) -> GPTModel:
-    """Stands for yours: nothing in it knows of ASPO."""
+    """A stand-in for your model, without any trace of ASPO."""
     return GPTModel(
         config,
         get_gpt_layer_local_spec(normalization="RMSNorm"),
@@ -47,7 +47,7 @@ def existing_model(config: TransformerConfig) -> GPTModel:
 
 
 def rollouts(micro_batches: int) -> list[dict[str, Tensor]]:
-    """Stands for your sampler and rewards: dicts of [batch, sequence] that speak of the label at each position."""
+    """A stand-in for your sampler and rewards: dicts of [batch, sequence], one entry per label."""
     draw = torch.Generator().manual_seed(0)
     batches: list[dict[str, Tensor]] = []
     for _ in range(micro_batches):
@@ -68,17 +68,12 @@ def rollouts(micro_batches: int) -> list[dict[str, Tensor]]:
 
 
 def score_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Any, Any]:
-    """A forward step whose result are log-probs; no logits are made for them either."""
+    """A forward step that returns log-probs, without logits."""
     batch = next(data_iterator)
     context = {"targets": batch["targets"], "loss_mask": batch["loss_mask"]}
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        None,
-        output_processor=megatron_logprobs_head,
-        output_processor_context=context,
-    )
-    return output, lambda found, non_loss_data: found[0]
+    inputs = batch["tokens"], batch["position_ids"], None
+    output = megatron_forward(model, *inputs, head=megatron_logprobs_head, context=context)
+    return output, lambda values, non_loss_data: values[0]
 
 
 def train(parsed: argparse.Namespace) -> list[dict[str, float]]:
@@ -124,8 +119,8 @@ def train(parsed: argparse.Namespace) -> list[dict[str, float]]:
         old_logprobs: Sequence[Tensor] = schedule(
             forward_step_func=score_step, data_iterator=iter(batches), forward_only=True, collect_non_loss_data=True
         )
-    for batch, found in zip(batches, old_logprobs, strict=False):  # other stages get none and need none
-        batch["old_logprobs"] = found
+    for batch, logprobs in zip(batches, old_logprobs, strict=False):  # other stages get none and need none
+        batch["old_logprobs"] = logprobs
 
     history = []
     step = partial(forward_step, config=PolicyLossConfig(objective="aspo"))
@@ -148,14 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--updates", type=int, default=4)
     parsed = parser.parse_args(arguments)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:  # Megatron-Core takes a GPU for granted; this stands in for it, and a loop that has one leaves it out
-        from megatron_aspo.policy import cpu
+        parallel_state.initialize_model_parallel(parsed.tensor, parsed.pipeline)
+    else:  # Megatron-Core needs a GPU; this also replaces what it calls of CUDA
+        from megatron_aspo.config.model import ParallelConfig
+        from megatron_aspo.policy.parallel import initialize_parallel
 
-        cpu.enable()
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    parallel_state.initialize_model_parallel(parsed.tensor, parsed.pipeline)
+        initialize_parallel(ParallelConfig(tensor=parsed.tensor, pipeline=parsed.pipeline), seed=1)
     history = train(parsed)
     first = parallel_state.get_tensor_model_parallel_rank() == 0 == parallel_state.get_data_parallel_rank()
     if history and first:

@@ -10,10 +10,9 @@ from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn
 from torch import Tensor
 
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
-from megatron_aspo.loss.validation import named_as
 
-# Fields of the configuration that ask for another objective or for a term that ASPO's loss does not make, and the value
-# that asks for none. It must be said: a recipe may have another, and the KL penalty is 0.01 by default.
+# Settings that request another objective or a term that ASPO's loss does not have -> the value that turns them off.
+# They are explicit: a recipe may set them, and the KL penalty is 0.01 by default.
 REFUSED = {
     "disable_ppo_ratio": "false",
     "force_on_policy_ratio": "false",
@@ -23,30 +22,30 @@ REFUSED = {
     "positive_example_nll_weight": "0",
     "reference_policy_kl_penalty": "0",
 }
-NEMO_RLS_NAMES = {"clip_low": "ratio_clip_min", "clip_high": "ratio_clip_max", "dual_clip": "ratio_clip_c"}
 
 
 class ASPOLossFn(ClippedPGLossFn):
-    """NeMo-RL's own loss function in everything it reports (its trainer reads some of that), ASPO in what is minimized.
+    """Minimizes ASPO, and reports everything that NeMo-RL's loss reports, since its trainer reads some of it.
 
-    The same section of the configuration: ratio_clip_min, ratio_clip_max, ratio_clip_c (the soft cap; 3 if null),
-    token_level_loss.
+    The section `loss_fn` stays: ratio_clip_min, ratio_clip_max, ratio_clip_c (the soft cap; null: the objective's own,
+    3 for ASPO), token_level_loss. `loss` goes into PolicyLossConfig: {"anchor": "rollout"} sets r = pi / pi_generation.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if wrong := [name for name in REFUSED if getattr(self, name, None)]:
-            given = ", ".join(f"loss_fn.{name}={getattr(self, name)}" for name in wrong)
+        loss = {"objective": "aspo"} | (loss or {})
+        corrected = {"use_importance_sampling_correction"} if loss.get("anchor") == "rollout" else ()  # by the ratio
+        if wrong := [name for name in REFUSED if getattr(self, name, None) and name not in corrected]:
+            refused = ", ".join(f"loss_fn.{name}={getattr(self, name)}" for name in wrong)
             fix = " ".join(f"loss_fn.{name}={REFUSED[name]}" for name in wrong)
-            raise ValueError(f"ASPOLossFn does not take {given}: set {fix} (see its README)")
-        with named_as({ours: f"loss_fn.{theirs}" for ours, theirs in NEMO_RLS_NAMES.items()}):
-            self.policy_loss = PolicyLossConfig(
-                objective="aspo",
-                clip_low=self.ratio_clip_min,
-                clip_high=self.ratio_clip_max,
-                dual_clip=3.0 if self.ratio_clip_c is None else self.ratio_clip_c,
-                aggregation="token-mean" if self.loss_type == LossType.TOKEN_LEVEL else "seq-mean-token-mean",
-            )
+            raise ValueError(f"ASPOLossFn does not take {refused}: set {fix} (see its README)")
+        self.policy_loss = PolicyLossConfig(
+            **loss,
+            clip_low=self.ratio_clip_min,
+            clip_high=self.ratio_clip_max,
+            dual_clip="default" if self.ratio_clip_c is None else self.ratio_clip_c,
+            aggregation="token-mean" if self.loss_type == LossType.TOKEN_LEVEL else "seq-mean-token-mean",
+        )
         for sign in ("pos", "neg"):
             self.metric_normalizations[f"clip_fraction_{sign}"] = MetricNormalizer.TOKENS
             self.metric_normalizations[f"soft_clip_fraction_{sign}"] = MetricNormalizer.TOKENS
@@ -69,11 +68,11 @@ class ASPOLossFn(ClippedPGLossFn):
             data["advantages"][:, 1:],
             mask if kept is None else mask * kept,
             self.policy_loss,
-            allow_empty=True,
+            rollout_logprobs=data["generation_logprobs"][:, 1:] if self.policy_loss.anchor == "rollout" else None,
         )
         token_level = self.loss_type == LossType.TOKEN_LEVEL
         loss = out.loss_sum / (global_valid_toks if token_level else global_valid_seqs).clamp(min=1)
-        # The trainer adds up what micro-batches report.
+        # The trainer adds up the metrics of micro-batches.
         clips = {name: pair[0] for name, pair in out.metrics.items() if "clip_fraction" in name}
         shares = {name: float(count / global_valid_toks.clamp(min=1)) for name, count in clips.items()}
         return loss, {**metrics, **shares, "loss": loss.item()}

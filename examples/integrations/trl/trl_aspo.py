@@ -10,42 +10,40 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
-from megatron_aspo.loss.validation import named_as
 
-# What the forward pass takes besides text: images and their layout, token types.
+# Arguments of the forward pass besides text: images and their layout, token types.
 EXTRAS = set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
 AGGREGATIONS = {"dapo": "token-mean", "grpo": "seq-mean-token-mean", "dr_grpo": "seq-mean-token-sum-norm"}
-TRLS_NAMES = {"clip_low": "epsilon", "clip_high": "epsilon_high", "dual_clip": "delta", "kl_coef": "beta"}
 
 
 class ASPOTrainer(GRPOTrainer):
-    """GRPOTrainer with ASPO's weights. `loss_type` names the aggregation: dapo, grpo or dr_grpo."""
+    """GRPOTrainer with ASPO's weights. `loss_type` names the aggregation: dapo, grpo or dr_grpo. `loss` goes into
+    PolicyLossConfig: {"anchor": "rollout", "anchor_band": (0.2, 5)} sets r = pi / pi_vllm."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        given = self.args
-        level = given.importance_sampling_level
+        settings = self.args
+        level = settings.importance_sampling_level
         refused = {
-            f"loss_type={given.loss_type} (use dapo, grpo or dr_grpo)": given.loss_type not in AGGREGATIONS,
+            f"loss_type={settings.loss_type} (use dapo, grpo or dr_grpo)": settings.loss_type not in AGGREGATIONS,
             f"importance_sampling_level={level} (use token)": level != "token",
-            "top_entropy_quantile (leave it out)": given.top_entropy_quantile < 1.0,
-            "off_policy_mask_threshold (leave it out)": given.off_policy_mask_threshold is not None,
-            "beta with use_bias_correction_kl (set it to False)": self.beta != 0.0 and given.use_bias_correction_kl,
+            "top_entropy_quantile (leave it out)": settings.top_entropy_quantile < 1.0,
+            "off_policy_mask_threshold (leave it out)": settings.off_policy_mask_threshold is not None,
+            "beta with use_bias_correction_kl (set it to False)": self.beta != 0.0 and settings.use_bias_correction_kl,
             "an entropy bonus (leave out entropy_coef and use_adaptive_entropy)": self._entropy_bonus_enabled,
             "a mixture's router loss (set router_aux_loss_coef=0.0)": self.aux_loss_enabled,
         }
         if wrong := [name for name, refuse in refused.items() if refuse]:
             raise ValueError(f"ASPOTrainer does not take {', '.join(wrong)}; see its README")
-        with named_as(TRLS_NAMES):
-            self.policy_loss = PolicyLossConfig(
-                objective="aspo",
-                clip_low=self.epsilon_low,
-                clip_high=self.epsilon_high,
-                dual_clip=3.0 if given.delta is None else given.delta,
-                aggregation=AGGREGATIONS[given.loss_type],  # type: ignore[arg-type]
-                norm_length=given.max_completion_length if given.loss_type == "dr_grpo" else None,
-                kl_coef=self.beta,
-            )
+        of_trl: dict[str, Any] = {
+            "clip_low": self.epsilon_low,
+            "clip_high": self.epsilon_high,
+            "dual_clip": "default" if settings.delta is None else settings.delta,
+            "aggregation": AGGREGATIONS[settings.loss_type],
+            "norm_length": settings.max_completion_length if settings.loss_type == "dr_grpo" else None,
+            "kl_coef": self.beta,
+        }
+        self.policy_loss = PolicyLossConfig(**(of_trl | {"objective": "aspo"} | (loss or {})))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         completion, mask = inputs["completion_ids"], inputs["completion_mask"]
@@ -57,6 +55,11 @@ class ASPOTrainer(GRPOTrainer):
             compute_entropy=True,
             **{name: inputs[name] for name in EXTRAS & inputs.keys()},
         )
+        sampler = inputs.get("sampling_per_token_logps") if self.policy_loss.anchor == "rollout" else None
+        if sampler is not None:
+            if "importance_sampling_ratio" in inputs:
+                raise ValueError("anchor=rollout corrects already: set vllm_importance_sampling_correction=False")
+            sampler = torch.where(sampler.isnan(), logprobs.detach(), sampler)  # vLLM returned none: ratio 1
         advantages = inputs["advantages"]
         if advantages.dim() == 1:
             advantages = advantages[:, None]
@@ -70,13 +73,13 @@ class ASPOTrainer(GRPOTrainer):
             self.policy_loss,
             entropy=entropy,
             ref_logprobs=inputs.get("ref_per_token_logps"),
-            allow_empty=True,
+            rollout_logprobs=sampler,
         )
         self._report(out.metrics)
         return out.loss_sum / self._denominator(inputs)
 
     def _denominator(self, inputs: dict[str, Tensor]) -> Tensor | float:
-        """GRPOTrainer's: such that the losses of an update's micro-batches add up, averaged over processes."""
+        """GRPOTrainer's denominator: the losses of an update's micro-batches add up, averaged over processes."""
         steps = self.current_gradient_accumulation_steps if self.model.training else 1
         if self.args.loss_type != "dapo":
             return float(len(inputs["completion_ids"]) * steps)

@@ -9,9 +9,6 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_policy_loss
 
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
-from megatron_aspo.loss.validation import named_as
-
-VERLS_NAMES = {"clip_low": "clip_ratio_low", "clip_high": "clip_ratio_high", "dual_clip": "clip_ratio_c"}
 
 
 @register_policy_loss("aspo")
@@ -24,26 +21,25 @@ def aspo(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a micro-batch [responses, tokens] as verl's actors take it: its share of the mean over the global
-    batch, times the data-parallel size.
+    """The loss of a micro-batch [responses, tokens]: its share of the mean over the global batch, times the
+    data-parallel size.
 
     Clip ranges are the actor's clip_ratio_low, clip_ratio_high and clip_ratio_c; entropy and KL terms stay verl's.
     """
     batch = config.global_batch_info
     summed = loss_agg_mode == "token-sum"
     norm = loss_agg_mode == "seq-mean-token-sum-norm"
-    with named_as(VERLS_NAMES):
-        loss = PolicyLossConfig(
-            objective="aspo",
-            clip_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
-            clip_high=config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
-            dual_clip=config.clip_ratio_c,
-            aggregation="token-mean" if summed else loss_agg_mode,
-            norm_length=(batch.get("loss_scale_factor") or response_mask.shape[-1]) if norm else None,
-        )
-    if rollout_is_weights is not None:  # a positive factor of a token's gradient is one of its advantage
+    loss = PolicyLossConfig(
+        objective="aspo",
+        clip_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
+        clip_high=config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
+        dual_clip=config.clip_ratio_c,
+        aggregation="token-mean" if summed else loss_agg_mode,
+        norm_length=(batch.get("loss_scale_factor") or response_mask.shape[-1]) if norm else None,
+    )
+    if rollout_is_weights is not None:  # a positive factor may multiply the advantage as well as the gradient
         advantages = advantages * rollout_is_weights
-    out = policy_loss(log_prob, old_log_prob, advantages, response_mask, loss, allow_empty=True)
+    out = policy_loss(log_prob, old_log_prob, advantages, response_mask, loss)
 
     of_all_ranks = batch.get("batch_num_tokens" if loss_agg_mode == "token-mean" else "global_batch_size")
     ranks = batch.get("dp_size", 1)
@@ -54,8 +50,11 @@ def aspo(
 
 
 def _means(metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Means over all tokens of the micro-batch: verl averages over micro-batches, of which many have tokens of one sign
-    alone. To a metric of one sign the other tokens give 0, to a ratio or weight 1. In one transfer from the GPU."""
+    """Means over all tokens of the micro-batch, in one transfer from the GPU.
+
+    verl averages over micro-batches, many of which have advantages of one sign only. Tokens of the other sign add 0 to
+    a metric, and 1 to a ratio or weight.
+    """
     tokens = metrics["nll"][1].clamp(min=1e-6)
     neutral = {name: tokens - pair[1] for name, pair in metrics.items() if name.startswith(("ratio_", "weight_"))}
     totals = [(total + neutral.get(name, 0)).double() for name, (total, _) in metrics.items()]

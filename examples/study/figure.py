@@ -1,0 +1,116 @@
+"""The figure of docs/evidence.md: curves by arm with 95 % bands that exclude the variation between seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import product
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from design import Key
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from measures import filled
+from packed import Metrics
+from paired import Numbers, interval
+
+NAMES = {
+    "grpo": "GRPO",
+    "aspo": "ASPO",
+    "up": "UP",
+    "no_is": "no IS",
+    "tis": "TIS",
+    "inert": "inert (anchored at the trainer)",
+}
+COLOURS = {  # Okabe and Ito's palette, distinct for colour-blind readers
+    "aspo": "#D55E00",
+    "grpo": "#0072B2",
+    "up": "#009E73",
+    "no_is": "#CC79A7",
+    "tis": "#E69F00",
+    "inert": "#000000",
+}
+METRICS = {"Reward of the samples": "reward/mean", "Entropy, nats a token": "loss/entropy"}
+REPEATS = "Share of retries that repeat an attempt"
+SYNCHRONOUS, ASYNCHRONOUS = ("grpo", "aspo", "up", "no_is"), ("inert", "tis", "no_is", "grpo", "aspo", "up")
+ROWS = (  # title, block, arms, staleness
+    ("Fresh rollouts", "A", SYNCHRONOUS, 0),
+    ("Rollouts 4 steps old", "C", ASYNCHRONOUS, 4),
+)
+SPANS = 30
+"""Points of a curve: each is a mean over a thirtieth of the steps."""
+
+Runs = Mapping[Key, Metrics]
+
+
+def curve(run: Metrics, title: str) -> Numbers:
+    """Return the metric's means over `SPANS` equal spans of the run's steps."""
+    if title == REPEATS:
+        repeats, retries = (spans(run.train[f"rollout/{name}"]) for name in ("repeats", "retries"))
+        return repeats / np.maximum(retries, 1e-9)
+    return spans(run.train[METRICS[title]])
+
+
+def spans(values: Numbers) -> Numbers:
+    return np.array([part.mean() for part in np.array_split(filled(values), SPANS)])
+
+
+def bands(curves: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers, Numbers]]:
+    """Return mean, low and high by arm of curves [seeds, points].
+
+    The bands compare arms, so that the mean of all seeds replaces each seed's mean over the arms (Cousineau, Tutor.
+    Quant. Methods Psychol. 1, 2005), with Morey's correction of the variance (ibid. 4, 2008).
+    """
+    every = np.stack(list(curves.values()))
+    shifted = every - every.mean(0) + every.mean((0, 1))
+    arms = len(every)
+    widening = np.sqrt(arms / (arms - 1)) if arms > 1 else 1.0
+    found: dict[str, tuple[Numbers, Numbers, Numbers]] = {}
+    for arm, of_seeds in zip(curves, shifted, strict=True):
+        mean, low, high = interval(of_seeds.T)
+        found[arm] = mean, mean - widening * (mean - low), mean + widening * (high - mean)
+    return found
+
+
+def draw(runs: Runs, path: Path, planned: Iterable[Key]) -> bool:
+    """Write the figure of the rows whose planned runs are all there; False, and no file, if no row is complete."""
+    keys = sorted(planned)
+    rows: list[tuple[str, dict[str, dict[int, Metrics]], list[int]]] = []
+    for (title, block, arms, k), lr in product(ROWS, sorted({key.lr for key in keys})):
+        of_row = [key for key in keys if (key.block, key.k, key.lr) == (block, k, lr) and key.arm in arms]
+        if of_row and all(key in runs for key in of_row):
+            seeds = sorted({key.seed for key in of_row})
+            of_arm = {arm: {key.seed: runs[key] for key in of_row if key.arm == arm} for arm in arms}
+            of_arm = {arm: of_seed for arm, of_seed in of_arm.items() if of_seed}
+            rows.append((f"{title},\nlr {lr:g}, {len(seeds)} seeds", of_arm, seeds))
+    if not rows:
+        path.unlink(missing_ok=True)
+        return False
+    columns = [*METRICS, REPEATS]
+    figure, axes = plt.subplots(len(rows), 3, figsize=(13, 2.9 * len(rows)), layout="constrained", squeeze=False)
+    for line, (title, of_arm, seeds) in zip(axes, rows, strict=True):
+        for axis, column in zip(line, columns, strict=True):
+            panel(axis, {arm: np.array([curve(r[s], column) for s in seeds]) for arm, r in of_arm.items()}, of_arm)
+        line[0].set_ylabel(title, fontsize=9)
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(column, fontsize=10)
+    labels: dict[str, Artist] = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            labels.setdefault(label, handle)
+    figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+    plt.close(figure)
+    return True
+
+
+def panel(axis: Axes, curves: Mapping[str, Numbers], of_arm: Mapping[str, Mapping[int, Metrics]]) -> None:
+    steps = next(iter(next(iter(of_arm.values())).values())).steps
+    x = (np.arange(SPANS) + 0.5) / SPANS * steps
+    for arm, (mean, low, high) in bands(curves).items():
+        axis.plot(x, mean, color=COLOURS[arm], lw=1.6, label=NAMES[arm])
+        axis.fill_between(x, low, high, color=COLOURS[arm], alpha=0.15, lw=0)
+    axis.set_xlabel("step", fontsize=9)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,1 @@
+"""Evaluation on public benchmarks: problems, responses that survive a kill, avg@k and pass@k."""

@@ -1,0 +1,502 @@
+"""The study's analysis: measures of a run, verdicts, and pages that equal a recount of the packed metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import lzma
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import page
+import pytest
+from analysis import evidence, parts
+from claims import Claim, Comparison, comparisons, judge, judge_all, load_claims
+from design import MARKS_FILE, Key, Run, marks, planned_seeds, runs
+from figure import bands, draw
+from measures import COLLAPSED, EQUAL_REWARD, MEASURES, entropy_at_equal_reward
+from numpy.typing import ArrayLike
+from packed import RESULTS, SUFFIX, Metrics, load, pack
+from page import BEGIN, END, missing_lines
+from paired import interval, two_sided
+from pydantic_core import to_jsonable_python
+
+from megatron_aspo.config.load import load_config
+from megatron_aspo.errors import UserError
+from megatron_aspo.policy.warmup import cache_path
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ("evidence.md", "lab/objectives.md")
+
+
+# The committed page
+
+
+def test_pages_equal_a_recount_of_the_packed_runs() -> None:
+    packed = load()
+    judged = judge_all(packed.runs, load_claims())
+    generated = parts(judged, packed, pictured=(DOCS / "evidence.png").exists())
+    texts = "".join((DOCS / name).read_text(encoding="utf-8") for name in PAGES)
+    for name, part in generated.items():
+        assert f"{BEGIN.format(name)}\n\n{part}\n\n{END.format(name)}" in texts, f"{name}: run `make evidence`"
+
+
+def test_size_of_the_page_and_of_the_packed_runs() -> None:
+    text = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    assert len([word for word in text.split() if any(map(str.isalpha, word))]) <= 600
+    assert sum(path.stat().st_size for path in RESULTS.rglob(f"*{SUFFIX}")) <= 20e6
+
+
+BLOCKS = ("A", "B", "C", "C-low")
+
+
+def test_every_planned_run_serves_a_claim_and_no_claim_lacks_one() -> None:
+    planned = {run.key for block in BLOCKS for run in runs(block, planned_seeds(block))}
+    needed = {key for test in comparisons(load_claims()) for seed in test.claim.seeds for key in test.keys(seed)}
+    assert needed == planned
+
+
+def test_every_seed_has_a_warm_start_that_its_runs_in_all_blocks_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "study" / "data").mkdir(parents=True)
+    (tmp_path / "runs" / "study" / "data" / "problems.jsonl").write_text("{}")
+    of_seed: dict[int, set[Path]] = {}
+    for run in (runs(block, [seed])[-1] for block in BLOCKS for seed in planned_seeds(block)):
+        config = load_config(DOCS.parent / "examples" / "study" / "countdown.yaml", run.settings)
+        of_seed.setdefault(run.seed, set()).add(cache_path(config))
+    assert all(len(paths) == 1 for paths in of_seed.values())
+    assert len(set.union(*of_seed.values())) == len(of_seed) == 12
+
+
+# From runs to pages
+
+
+def write_run(
+    folder: Path, run: Run, gap: float = 0.0, last: int | None = None, error: str | None = None, **changed: Any
+) -> Path:
+    """Files of a run of three epochs that trained up to step `last`. Its ratio gap is 0 in the first epoch and `gap` in
+    the later ones. `changed` are settings that differ from the design's, as `optimizer__lr`."""
+    path = folder / run.block / run.name
+    path.mkdir(parents=True)
+    config = load_config(DOCS.parent / "examples" / "study" / "countdown.yaml", run.settings)
+    settings = to_jsonable_python(dataclasses.asdict(config))
+    for name, value in changed.items():
+        section, _, field = name.rpartition("__")
+        (settings[section] if section else settings)[field] = value
+    (path / "config.yaml").write_text(json.dumps(settings))
+    (path / "git.txt").write_text("commit 0123abc\ndirty yes\n\n M README.md\n")
+    (path / MARKS_FILE).write_text(json.dumps({**marks(run), "error": error}))
+    ratios = {"loss/ratio_pos": 1 + gap * 2 / 3, "loss/ratio_neg": 1.0, "reward/mean": 0.5}
+    ratios |= {"loss/ratio_pos_first_epoch": 1 + run.seed * 1e-5, "loss/ratio_neg_first_epoch": 1 + run.seed * 1e-5}
+    steps = settings["train"]["steps"] if last is None else last
+    records: list[dict[str, Any]] = [{"step": 10, "phase": "warmup", "time": 1.0, "loss/nll": 1.0}]
+    records += [{"step": s, "phase": "train", "time": 2.0, "time/step": 1.0, **ratios} for s in range(1, steps + 1)]
+    if last is None:
+        records += [{"step": steps, "phase": "eval", "time": 3.0, "eval/accuracy": 0.5}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+PLANNED = planned_seeds("B")
+GAPS = {seed: 0.02 + 0.001 * (seed * seed % 7) for seed in PLANNED}
+
+
+def run_of_b(arm: str, seed: int) -> Run:
+    return Run("B", arm, 1.5e-4, 0, seed)
+
+
+@pytest.fixture(scope="module")
+def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    for seed, gap in GAPS.items():
+        write_run(folder / "runs", run_of_b("grpo", seed), gap)
+    assert len(pack(folder / "runs", folder / "results")) == len(PLANNED)
+    for name in PAGES:
+        (folder / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(DOCS / name, folder / "docs" / name)
+    return folder
+
+
+@pytest.fixture
+def packed(packed_once: Path, tmp_path: Path) -> Path:
+    """A folder with runs of GRPO in block B, packed, and with the pages."""
+    return Path(shutil.copytree(packed_once, tmp_path, dirs_exist_ok=True))
+
+
+def recounted(folder: Path) -> tuple[str, list[str]]:
+    judged, _ = evidence(folder / "docs", folder / "results", load_claims())
+    return (folder / "docs" / "evidence.md").read_text(encoding="utf-8"), missing_lines(judged)
+
+
+def test_verdict_on_the_page_is_that_of_the_runs(packed: Path) -> None:
+    text, missing = recounted(packed)
+    mean, low, high = interval(list(GAPS.values()))
+    (row,) = (line for line in text.splitlines() if line.startswith("| 2. Mean r"))
+    assert f"{mean:+.3g} [{low:+.3g}, {high:+.3g}] **reproduced**" in row
+    assert row.endswith(f"| {len(PLANNED)} of {len(PLANNED)} |")
+    assert not any(line.startswith("B/grpo") for line in missing)
+    assert f"B: {len(PLANNED)} of {2 * len(PLANNED)}" in text
+    lab = (packed / "docs" / "lab" / "objectives.md").read_text(encoding="utf-8")
+    assert f"- 0123abc with uncommitted changes: {len(PLANNED)} runs" in lab
+
+
+def test_missing_run_takes_the_verdict_away_and_is_named(packed: Path) -> None:
+    (packed / "results" / "B" / f"grpo-lr0.00015-k0-seed103{SUFFIX}").unlink()
+    text, missing = recounted(packed)
+    (row,) = (line for line in text.splitlines() if line.startswith("| 2. Mean r"))
+    assert f"{len(PLANNED) - 1} of {len(PLANNED)} seeds" in row
+    assert "reproduced" not in row
+    assert "B/grpo-lr0.00015-k0-seed103: missing; claims 2, 2c" in missing
+
+
+def test_packing_again_adds_new_finished_runs_only(packed: Path) -> None:
+    write_run(packed / "runs", run_of_b("aspo", 101))
+    write_run(packed / "runs", run_of_b("aspo", 102), last=20)
+    before = {path: path.read_bytes() for path in packed.glob("results/*/*")}
+    shutil.rmtree(packed / "runs" / "B" / "grpo-lr0.00015-k0-seed104")
+    new = pack(packed / "runs", packed / "results")
+    assert [path.name for path in new] == [f"aspo-lr0.00015-k0-seed101{SUFFIX}"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("train__steps", 149),
+        ("train__epochs", 2),
+        ("train__mini_batch_prompts", 8),
+        ("optimizer__lr", 3e-4),
+        ("loss__objective", "aspo"),
+        ("loss__dual_clip", None),
+        ("loss__anchor", "rollout"),
+        ("loss__kl_estimator", "k1"),
+        ("rollout__max_staleness", 1),
+        ("rollout__prompts_per_step", 32),
+        ("warmup__updates", 800),
+        ("warmup__seed", 102),
+        ("data__seed", 102),
+        ("seed", 102),
+    ],
+)
+def test_run_with_settings_of_another_design_does_not_count(packed: Path, setting: str, value: Any) -> None:
+    name = f"grpo-lr0.00015-k0-seed103{SUFFIX}"
+    (packed / "results" / "B" / name).unlink()
+    shutil.rmtree(packed / "runs" / "B" / "grpo-lr0.00015-k0-seed103")
+    write_run(packed / "runs", run_of_b("grpo", 103), GAPS[103], **{setting: value})
+    pack(packed / "runs", packed / "results")
+    found = load(packed / "results")
+    (refused,) = found.refused
+    assert refused.startswith(f"B/grpo-lr0.00015-k0-seed103 does not count: {setting.replace('__', '.')}=")
+    assert sorted(key.seed for key in found.runs) == [seed for seed in PLANNED if seed != 103]
+    text, _ = recounted(packed)
+    (row,) = (line for line in text.splitlines() if line.startswith("| 2. Mean r"))
+    assert f"{len(PLANNED) - 1} of {len(PLANNED)} seeds" in row
+    assert f"- {refused}" in (packed / "docs" / "lab" / "objectives.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("mark", "why"), [("claims", "other claims"), ("design", "another design or task")])
+def test_run_begun_under_other_claims_or_another_design_does_not_count(packed: Path, mark: str, why: str) -> None:
+    for seed in (103, 1):  # a pilot fixes the claims, and so is older than they are
+        path = packed / "results" / "B" / f"grpo-lr0.00015-k0-seed{seed}{SUFFIX}"
+        if seed == 1:
+            write_run(packed / "runs", run_of_b("grpo", 1))
+            pack(packed / "runs", packed / "results")
+        content = json.loads(lzma.decompress(path.read_bytes()))
+        content["marks"][mark] = "0123456789abcdef"
+        path.write_bytes(lzma.compress(json.dumps(content).encode()))
+    refused = load(packed / "results").refused
+    expected = [f"B/grpo-lr0.00015-k0-seed{seed} does not count: it was begun under {why}" for seed in (103, 1)]
+    assert sorted(refused) == sorted(expected[: 1 if mark == "claims" else 2])
+
+
+def test_run_that_an_error_ended_counts_with_its_last_values(packed: Path) -> None:
+    write_run(packed / "runs", run_of_b("aspo", 101), 0.02, last=40, error="RunError: not finite")
+    write_run(packed / "runs", run_of_b("aspo", 102), last=0, error="RunError: in the warm start")
+    assert len(pack(packed / "runs", packed / "results")) == 1
+    run = load(packed / "results").runs[run_of_b("aspo", 101).key]
+    measured = {name: MEASURES[name](run) for name in ("collapse", "pass@1", "ratio gap, later epochs", "final reward")}
+    assert measured == pytest.approx(
+        {"collapse": 1, "pass@1": 0, "ratio gap, later epochs": 0.02, "final reward": 0.5}, abs=1e-5
+    )
+    assert list(run.train["step"]) == list(range(1, run.steps + 1))
+    assert run.steps > 40
+    recounted(packed)
+    lab = (packed / "docs" / "lab" / "objectives.md").read_text(encoding="utf-8")
+    assert "- B/aspo-lr0.00015-k0-seed101 was ended by RunError: not finite" in lab
+
+
+def test_damaged_file_is_one_line(packed: Path) -> None:
+    path = packed / "results" / "B" / f"grpo-lr0.00015-k0-seed103{SUFFIX}"
+    path.write_bytes(path.read_bytes()[:-20])
+    script = DOCS.parent / "examples" / "study" / "analysis.py"
+    folders = ["--results", str(path.parents[1]), "--docs", str(packed / "docs")]
+    command = [sys.executable, str(script), "evidence", *folders]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert path.name in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# Measures
+
+
+def metrics(train: Mapping[str, ArrayLike], evaluation: Mapping[str, float] | None = None, **key: Any) -> Metrics:
+    """A run of three epochs with these columns, the last of which is its last evaluation."""
+    steps = np.size(next(iter(train.values())))
+    identity = {"block": "A", "arm": "aspo", "lr": 1.5e-4, "k": 0, "seed": 101} | key
+    columns = {"step": np.arange(1, steps + 1), **{name: np.array(values) for name, values in train.items()}}
+    last = {name: np.array([0.0, value]) for name, value in (evaluation or {}).items()}
+    return Metrics(Key(**identity), steps, 3, columns, last)
+
+
+def test_windows_and_ratios_of_sums() -> None:
+    nan = float("nan")
+    run = metrics(
+        {
+            "reward/mean": [1, 1, 0, 0, 0, 0, 0, 0, 0.2, 0.4],
+            "loss/entropy": [5, 5, 5, 5, 5, 5, 5, 4, nan, nan],
+            "loss/kl": [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 1e-3, 0.1],
+            "rollout/retries": [9, 9, 9, 9, 9, 9, 9, 9, 1, 3],
+            "rollout/repeats": [0, 0, 0, 0, 0, 0, 0, 0, 1, 0],
+            "loss/clip_fraction_pos": [0.01] * 10,
+            "loss/clip_fraction_neg": [0.03] * 10,
+            "loss/ratio_pos": [1.02] * 10,
+            "loss/ratio_neg": [0.99] * 10,
+            "loss/ratio_pos_first_epoch": [1.0] * 10,
+            "loss/ratio_neg_first_epoch": [1.0] * 10,
+            "optimizer/grad_norm_max": [1, 1, 1, 1, 100, 1, 1, 1, 1, nan],
+        },
+        {"eval/accuracy": 0.3},
+    )
+    others = ("repeated 4-grams", "pass@16")
+    measured = {name: measure(run) for name, measure in MEASURES.items() if name not in others}
+    assert measured == pytest.approx(
+        {
+            "pass@1": 0.3,
+            "early reward": 1.0,  # steps 1 and 2 of ten
+            "final reward": 0.3,  # steps 9 and 10
+            "entropy": 4.0,  # the last steps had no updates: the last known value
+            "repeated attempts": 1 / 4,
+            "log10 KL": np.log10((1e-3 + 0.1) / 2),  # of two steps, the median is the mean
+            "clip fraction": 0.02,
+            "ratio gap, epoch 1": 0.0,
+            "ratio gap, later epochs": 0.045,
+            "log10 largest gradient norm": 2.0,
+            "log10 p99 of gradient norms": np.log10(np.percentile([1] * 8 + [100], 99)),
+            "collapse": 0.0,
+        }
+    )
+    assert MEASURES["collapse"](metrics({"reward/mean": [1] * 10 + [COLLAPSED * 0.9] * 10})) == 1
+
+
+def test_entropy_at_equal_reward_waits_for_the_faster_run() -> None:
+    """Run b learns twice as fast. At the reward where a ends, both have the same entropy; at the end they do not."""
+    step = np.arange(1, 101)
+    a = metrics({"reward/mean": step / 400, "loss/entropy": 1 - step / 400})
+    b = metrics({"reward/mean": step / 200, "loss/entropy": 1 - step / 200})
+    at = entropy_at_equal_reward([a, b])
+    assert at[0] == pytest.approx(at[1], abs=0.004)
+    assert MEASURES["entropy"](a) - MEASURES["entropy"](b) == pytest.approx(90.5 / 400)
+
+
+def test_rewards_without_a_common_level_are_not_compared() -> None:
+    """Both runs have the same entropies at every step. One keeps a reward of 0.23, the other's falls from 0.22."""
+    step = np.arange(1, 101)
+    flat = metrics({"reward/mean": np.full(100, 0.23), "loss/entropy": 0.5 - step / 1000}, arm="aspo")
+    falling = metrics({"reward/mean": 0.22 - step / 5000, "loss/entropy": 0.5 - step / 1000}, arm="grpo")
+    assert np.isnan(entropy_at_equal_reward([flat, falling])).all()
+    claim = Claim("x", "x", "A", {"aspo": 1, "grpo": -1}, EQUAL_REWARD, "higher", [1.5e-4], range(101, 104))
+    made = {run.key: run for run in (flat, falling)}
+    for seed, entropy in ((102, 0.5), (103, 0.6)):
+        for arm, gain in (("aspo", 0.1), ("grpo", 0.0)):
+            columns = {"reward/mean": step / 200, "loss/entropy": np.full(100, entropy + gain)}
+            made[Key("A", arm, 1.5e-4, 0, seed)] = metrics(columns, arm=arm, seed=seed)
+    judged = judge(Comparison(claim, 1.5e-4, (0,)), made)
+    assert judged.contrasts == pytest.approx({102: 0.1, 103: 0.1})
+    assert judged.undefined == [101]
+    assert judged.verdict == "reproduced"
+    (row,) = page.tests_table([judged]).splitlines()[2:]
+    assert "| 2 of 3 |" in row
+    for seed in (102, 103):
+        for arm in ("aspo", "grpo"):
+            made[Key("A", arm, 1.5e-4, 0, seed)] = dataclasses.replace(made[Key("A", arm, 1.5e-4, 0, 101)])
+    nothing = judge(Comparison(claim, 1.5e-4, (0,)), made)
+    assert (nothing.contrasts, nothing.verdict) == ({}, "undecided")
+
+
+@pytest.mark.parametrize(("a", "b"), [((0.2, 0.3), (0.25, 0.25)), ((0.2, 0.4), (0.3, 0.1)), ((0.2, 0.3), (0.3, 0.2))])
+def test_equal_entropies_at_every_reward_are_equal_at_equal_reward(
+    a: tuple[float, float], b: tuple[float, float]
+) -> None:
+    """Entropy is a function of reward, whichever way the reward goes."""
+    pair = [metrics({"reward/mean": r, "loss/entropy": 1 - r}) for r in (np.linspace(*a, 100), np.linspace(*b, 100))]
+    at = entropy_at_equal_reward(pair)
+    assert at[0] == pytest.approx(at[1], abs=1e-9)
+
+
+def test_missing_metric_names_the_run() -> None:
+    claim = Claim("x", "x", "A", {"aspo": 1}, "log10 KL", "higher", [1.5e-4], [101])
+    run = metrics({"reward/mean": [0.5] * 10})
+    with pytest.raises(UserError, match=r"A/aspo-lr0\.00015-k0-seed101 has no log10 KL"):
+        judge(Comparison(claim, 1.5e-4, (0,)), {run.key: run})
+
+
+# Verdicts
+
+
+def study(values: Mapping[tuple[str, float, int], Iterable[float]]) -> dict[Key, Metrics]:
+    """Runs with pass@1 (or a constant reward) of `values` by arm, learning rate and staleness, seeds from 101."""
+    found: dict[Key, Metrics] = {}
+    for (arm, lr, k), of_seed in values.items():
+        for seed, value in enumerate(of_seed, 101):
+            run = metrics({"reward/mean": [value] * 10}, {"eval/accuracy": value}, arm=arm, lr=lr, k=k, seed=seed)
+            found[run.key] = run
+    return found
+
+
+NOISE = np.array([0.01, -0.01, 0.005, -0.005, 0.008, -0.008, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("expect", "beyond", "difference", "scale", "verdict"),
+    [
+        ("higher", 0.0, 0.05, 1, "reproduced"),
+        ("higher", 0.0, -0.05, 1, "opposite"),
+        ("higher", 0.0, 0.0, 1, "equal within the margin"),
+        ("higher", 0.0, 0.0, 20, "undecided"),
+        ("lower", 0.0, -0.05, 1, "reproduced"),
+        ("lower", 0.0, 0.05, 1, "opposite"),
+        ("equal", 0.0, 0.0, 1, "reproduced"),
+        ("equal", 0.0, 0.06, 1, "opposite"),
+        ("equal", 0.0, 0.03, 1, "undecided"),
+        ("higher", 0.03, 0.05, 1, "reproduced"),
+        ("higher", 0.03, 0.035, 3, "undecided"),
+    ],
+)
+def test_four_verdicts(expect: Any, beyond: float, difference: float, scale: float, verdict: str) -> None:
+    made = study({("aspo", 1.5e-4, 0): 0.5 + difference + scale * NOISE, ("grpo", 1.5e-4, 0): [0.5] * 8})
+    arms = {"aspo": 1.0, "grpo": -1.0}
+    claim = Claim("x", "x", "A", arms, "pass@1", expect, [1.5e-4], range(101, 109), margin=0.03, beyond=beyond)
+    judged = judge(Comparison(claim, 1.5e-4, (0,)), made)
+    assert judged.verdict == verdict
+    assert judged.mean == pytest.approx(difference)
+
+
+@pytest.mark.parametrize(("collapses", "verdict"), [(8, "reproduced"), (6, "reproduced"), (5, "undecided")])
+def test_collapses_are_compared_exactly(collapses: int, verdict: str) -> None:
+    made = study({("inert", 1.5e-4, 4): [0.0] * collapses + [0.4] * (8 - collapses), ("grpo", 1.5e-4, 4): [0.4] * 8})
+    arms = {"inert": 1.0, "grpo": -1.0}
+    claim = Claim("x", "x", "A", arms, "collapse", "higher", [1.5e-4], range(101, 109), k=[4])
+    assert judge(Comparison(claim, 1.5e-4, (4,)), made).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("expect", "beyond", "difference", "alone", "in_family"),
+    [
+        ("higher", 0.0, 0.0065, "reproduced", "undecided"),
+        ("higher", 0.0, -0.0065, "opposite", "undecided"),
+        ("higher", 0.01, -0.0065, "opposite", "undecided"),
+        ("higher", 0.01, 0.0165, "reproduced", "undecided"),
+        ("equal", 0.0, 0.0365, "opposite", "undecided"),
+        ("equal", 0.0, -0.0365, "opposite", "undecided"),
+        ("equal", 0.0, 0.0245, "reproduced", "undecided"),
+        ("higher", 0.0, -0.0085, "opposite", "opposite"),
+        ("equal", 0.0, 0.0385, "opposite", "opposite"),
+        ("equal", 0.0, 0.0, "reproduced", "reproduced"),
+    ],
+)
+def test_every_verdict_on_a_primary_claim_needs_holms_p_value(
+    expect: Any, beyond: float, difference: float, alone: str, in_family: str
+) -> None:
+    """.025 < p < .05 is not enough among two primary claims of which the other lacks its runs."""
+    noise = NOISE - NOISE.mean()
+    made = study({("aspo", 1.5e-4, 0): 0.5 + difference + noise, ("grpo", 1.5e-4, 0): [0.5] * 8})
+    arms, seeds = {"aspo": 1.0, "grpo": -1.0}, range(101, 109)
+    one = Claim("1", "x", "A", arms, "pass@1", expect, [1.5e-4], seeds, margin=0.03, beyond=beyond, primary=1.5e-4)
+    other = Claim("2", "x", "A", {"up": 1.0}, "pass@1", "higher", [1.5e-4], seeds, primary=1.5e-4)
+    (by_itself,) = judge_all(made, [one])
+    first, _ = judge_all(made, [one, other])
+    assert by_itself.verdict == alone
+    assert first.adjusted
+    assert first.adjusted[0] == pytest.approx(min(1, 2 * by_itself.decisive))
+    expected = {in_family, "equal within the margin"} if expect == "higher" else {in_family}
+    assert first.verdict in expected
+
+
+def test_equality_of_a_primary_claim_needs_holms_p_value() -> None:
+    made = study({("aspo", 1.5e-4, 0): 0.5 + 4 * NOISE, ("grpo", 1.5e-4, 0): [0.5] * 8})
+    arms, seeds = {"aspo": 1.0, "grpo": -1.0}, range(101, 109)
+    one = Claim("1", "x", "A", arms, "pass@1", "higher", [1.5e-4], seeds, margin=0.0245, primary=1.5e-4)
+    other = Claim("2", "x", "A", {"up": 1.0}, "pass@1", "higher", [1.5e-4], seeds, primary=1.5e-4)
+    (alone,) = judge_all(made, [one])
+    first, _ = judge_all(made, [one, other])
+    assert alone.p_equal
+    assert 0.025 < alone.p_equal < 0.05
+    assert (alone.verdict, first.verdict) == ("equal within the margin", "undecided")
+
+
+def test_best_rates_and_slopes() -> None:
+    seeds = [101, 102, 103]
+    arms = {"aspo": 1.0, "grpo": -1.0}
+    made = study(
+        {
+            ("aspo", 1.5e-4, 0): [0.3, 0.3, 0.3],
+            ("aspo", 5e-4, 0): [0.5, 0.4, 0.3],
+            ("grpo", 1.5e-4, 0): [0.31, 0.32, 0.33],
+            ("grpo", 5e-4, 0): [0.1, 0.2, 0.3],
+        }
+    )
+    best = Claim("x", "x", "A", arms, "pass@1", "higher", [1.5e-4, 5e-4, "best"], seeds)
+    judged = judge(Comparison(best, "best", (0,)), made)
+    assert list(judged.contrasts.values()) == pytest.approx([0.5 - 0.31, 0.4 - 0.32, 0.3 - 0.33])
+    assert judged.decisive == pytest.approx(2 * float(two_sided(list(judged.contrasts.values()))))
+    assert (judged.low, judged.high) == pytest.approx(interval(list(judged.contrasts.values()), 0.975)[1:])
+    del made[Key("A", "aspo", 1.5e-4, 0, 102)]  # unused, but it decides which rate is best
+    assert judge(Comparison(best, "best", (0,)), made).verdict == "2 of 3 seeds"
+
+    growth = {"aspo": 0.01, "grpo": 0.0}
+    stale = study({(arm, 1.5e-4, k): [0.3 + growth[arm] * k] * 3 for arm in arms for k in (1, 4, 8)})
+    slope = Claim("x", "x", "A", arms, "pass@1", "higher", [1.5e-4], seeds, k=[1, 4, 8], slope=True)
+    assert judge(Comparison(slope, 1.5e-4, (1, 4, 8)), stale).mean == pytest.approx(0.01)
+
+
+# Figure
+
+
+def test_bands_exclude_what_runs_of_a_seed_share() -> None:
+    """With two arms the band is that of half of their difference, whatever the seeds add to both."""
+    rng = np.random.default_rng(0)
+    difference, shared = rng.normal(0.1, 0.02, (6, 3)), rng.normal(0, 5, (6, 3))
+    found = bands({"a": shared + difference / 2, "b": shared - difference / 2})
+    _, low, high = interval(difference.T)
+    for mean, lower, upper in found.values():
+        assert upper - lower == pytest.approx((high - low) / 2 * 2**0.5)
+        assert upper - mean == pytest.approx(mean - lower)
+
+
+def test_figure_shows_rows_only_with_all_planned_runs(tmp_path: Path) -> None:
+    names = ("reward/mean", "loss/entropy", "rollout/repeats", "rollout/retries")
+    columns = {name: np.linspace(0.1, 0.5, 60) for name in names}
+    seeds = (101, 102, 103)
+    fresh = [metrics(columns, arm=arm, seed=seed) for arm in ("grpo", "aspo", "up", "no_is") for seed in seeds]
+    stale = [metrics(columns, block="C", arm=arm, k=4, seed=seed) for arm in ("inert", "grpo") for seed in seeds]
+    planned = [run.key for run in (*fresh, *stale)]
+    picture = tmp_path / "figure.png"
+
+    def height(made: Iterable[Metrics]) -> int:
+        assert draw({run.key: run for run in made}, picture, planned)
+        return plt.imread(picture).shape[0]
+
+    both = height([*fresh, *stale])
+    assert 0.4 * both < height([*fresh, *stale[1:]]) < 0.7 * both  # the lower row has five of six runs, and so is none
+    assert not draw({run.key: run for run in (*fresh[1:], *stale[1:])}, picture, planned)
+    assert not picture.exists()  # nor does an older picture stay
