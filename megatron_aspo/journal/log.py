@@ -109,5 +109,6 @@ def _environment(argv: Sequence[str]) -> str:
         "cpus": os.cpu_count(),
         "gpus": ", ".join(gpus) or "none",
     }
-    packages = {f"{dist.name.lower().replace('_', '-')}=={dist.version}" for dist in distributions()}
+    installed = (dist.metadata for dist in distributions())  # a distribution parses it at every access
+    packages = {f"{found['Name'].lower().replace('_', '-')}=={found['Version']}" for found in installed}
     return "\n".join([*(f"{name}: {value}" for name, value in lines.items()), "", *sorted(packages), ""])

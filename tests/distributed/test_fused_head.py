@@ -1,8 +1,9 @@
 """The fused head on real gloo ranks against autograd over the whole vocabulary and the whole stream.
 
-By default each layout runs every type, packing, objective and aggregation once. Chunk size, tied or untied weight, and
-gradient in `main_grad` or autograd take turns. The six layouts together cover each combination with every chunk size,
-tied and untied. With EVERY_COMBINATION=1 each layout runs them all.
+By default each layout runs every type, objective and aggregation once, in float64 packed and unpacked. In other types
+packing takes turns, as do chunk size, tied or untied weight, and gradient in `main_grad` or autograd. The six layouts
+together cover each combination in float64 with every chunk size, tied and untied. With EVERY_COMBINATION=1 each layout
+runs them all.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.distributed
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
 CHUNKS = (64, 257, 1 << 20)
 EVERY_COMBINATION = "EVERY_COMBINATION" in os.environ
-"""Environment variable that runs all cases: six times as many, in six times the time."""
+"""Environment variable that runs all cases: nine times as many, in nine times the time."""
 
 
 def config_of(objective: Any, aggregation: Any) -> PolicyLossConfig:
@@ -99,8 +100,10 @@ def compare(tp: int, cp: int, file: Path) -> list[tuple[Any, Errors, Errors]]:
             batch = batch_of(packed, tied, dtype, CONFIGS[tuple(names)])
             # Six layouts: all pairs of one of two and one of three.
             layout = LAYOUTS.index((tp, cp))
-            turn = DTYPES.index(dtype) + 2 * packed + list(CONFIGS).index(tuple(names)) + layout
-            for j, chunk_size in enumerate(CHUNKS):
+            turn = DTYPES.index(dtype) + list(CONFIGS).index(tuple(names)) + layout
+            skipped = dtype != torch.float64 and packed != turn // 2 % 2 and not EVERY_COMBINATION
+            turn += 2 * packed
+            for j, chunk_size in enumerate(() if skipped else CHUNKS):
                 if (tied, j) == (turn % 2, turn % len(CHUNKS)) or EVERY_COMBINATION:
                     main_grad = (turn // 2 + j) % 2 == 1
                     heads.append(Head(place, batch, CONFIGS[tuple(names)], main_grad, chunk_size=chunk_size))
@@ -150,7 +153,7 @@ def relative(ranks: list[Errors]) -> dict[str, float]:
 @pytest.mark.parametrize(("tp", "cp"), LAYOUTS)
 def test_value_and_gradients_are_those_of_autograd_over_the_whole(tp: int, cp: int, references: Path) -> None:
     results = list(zip(*run(tp * cp, compare, tp, cp, references), strict=True))
-    assert len(results) == len(DTYPES) * len(CONFIGS) * 2 * (len(CHUNKS) * 2 if EVERY_COMBINATION else 1)
+    assert len(results) == len(CONFIGS) * (len(DTYPES) * 2 * len(CHUNKS) * 2 if EVERY_COMBINATION else 2 + 1 + 1)
     losses: list[tuple[float, float]] = []
     for ranks in results:
         (dtype, *case), errors = ranks[0][0], relative([head for _, head, _ in ranks])

@@ -50,6 +50,9 @@ ARRANGEMENTS = {
 }
 """Arrangement of the batch in micro-batches and type of loss head -> (settings, names of the tested losses)."""
 
+FEWER = {"aspo", "aspo, entropy split", "aspo, anchored", "response_mean_is", "gspo", "gmpo"}
+"""Losses that need the most of other ranks. Layouts that combine kinds of parallelism take these, two of them all."""
+
 REFERENCE = {"one stream": (ARRANGEMENTS["one stream"][0], list(LOSSES))}
 LAYOUTS = {
     "alone": (1, ParallelConfig()),
@@ -69,6 +72,7 @@ LAYOUTS = {
     "tp2-cp2-sp": (4, ParallelConfig(tensor=2, context=2, sequence_parallel=True)),
     "cp2-pp2": (4, ParallelConfig(context=2, pipeline=2)),
 }
+ALL_LOSSES = {"alone", "dp2", "tp2", "pp2", "cp2", "tp2-cp2-sp", "cp2-pp2"}
 
 
 def take_updates(
@@ -132,7 +136,12 @@ def test_the_batch_reaches_every_region_of_the_clips(reference: dict[Any, Any]) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_update_is_the_same_at(layout: str, weights: Path, reference: dict[Any, Any]) -> None:
     ranks, parallel = LAYOUTS[layout]
-    updates = run(ranks, take_updates, weights, run_config().model, parallel, ARRANGEMENTS)
+    arrangements = ARRANGEMENTS
+    if layout not in ALL_LOSSES:
+        arrangements = {
+            name: (train, [x for x in losses if x in FEWER]) for name, (train, losses) in arrangements.items()
+        }
+    updates = run(ranks, take_updates, weights, run_config().model, parallel, arrangements)
     check_updates(updates, reference)
 
 

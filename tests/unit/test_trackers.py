@@ -6,6 +6,7 @@ import pty
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,18 +65,31 @@ def write_page(folder: Path) -> Path:
 
 
 def wandb_records(folder: Path) -> list[Any]:
-    """The records of the offline run in a folder: LevelDB's log format behind 7 bytes, in blocks of 32 KiB."""
+    """The records of a finished offline run in a folder. Weights & Biases' own process writes the last ones a moment
+    after `finish` has returned."""
+    (path,) = folder.glob("*.wandb")
+    deadline, records = time.monotonic() + 60, list[Any]()
+    while not any(r.WhichOneof("record_type") == "exit" for r in records):
+        assert time.monotonic() < deadline, f"{path} has {len(records)} records, none of which is an exit"
+        time.sleep(0.05)
+        records = parse_records(path.read_bytes())
+    return records
+
+
+def parse_records(data: bytes) -> list[Any]:
+    """The whole records of a file so far: LevelDB's log format behind 7 bytes, in blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = folder.glob("*.wandb")
-    data, at, part = path.read_bytes(), 7, b""
+    at, part = 7, b""
     assert data[:4] == b":W&B"
     records: list[Any] = []
-    while at < len(data):
+    while at + 7 <= len(data):
         if (room := -at % 32768) and room < 7:  # too little for a header
             at += room
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):
+            break
         part += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
