@@ -77,7 +77,7 @@ evidence: $(STAMP) ## recount docs/evidence.md from the packed metrics of the st
 	$(ON_CPU) $(BIN)/python examples/study/analysis.py evidence
 
 evidence-run: $(STAMP) ## make the study's runs anew in runs/study, many hours on two cores; it can be stopped and started again
-	$(ON_CPU) $(BIN)/python examples/study/run.py A B C C-low; status=$$?; \
+	$(ON_CPU) $(BIN)/python examples/study/run.py A B C; status=$$?; \
 	  $(BIN)/python examples/study/analysis.py pack --results runs/study/results && \
 	  $(BIN)/python examples/study/analysis.py evidence --results runs/study/results && exit $$status
 

@@ -52,16 +52,13 @@ ASYNCHRONOUS = [
     "loss.anchor=rollout",
 ]
 
-PART_OF = {"C-low": "C"}
-"""Block of the claims that a block of runs belongs to, if that is not its name: C-low is C at the lower rate."""
-
 PILOTS = range(1, 101)
-"""Seeds of runs that fixed the design. No verdict counts them."""
+"""Seeds of runs that fixed the design. No verdict counts them, and they may have another number of steps."""
 
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """Identity of a run: block of the claims, arm (objective and anchor), learning rate, staleness in steps, seed."""
+    """Identity of a run: block, arm (objective and anchor), learning rate, staleness in steps, seed."""
 
     block: str
     arm: str
@@ -98,12 +95,11 @@ class Block:
 BLOCKS = {
     "A": Block(
         ("grpo", "aspo", "up", "no_is", "response_mean_is", "aspo_no_cap", "aspo_unmasked", "no_is_pos"),
-        {1.5e-4: 60, 5e-4: 30},
+        {1.5e-4: 30, 5e-4: 20},
         REGIME,
     ),
-    "B": Block(("grpo", "aspo"), {1.5e-4: 60}, REUSE),
-    "C": Block(("inert", "tis", "no_is", "grpo", "aspo", "up"), {5e-4: 120}, ASYNCHRONOUS, (0, 1, 4, 8), ("inert",)),
-    "C-low": Block(("inert", "tis", "no_is", "grpo", "aspo"), {1.5e-4: 160}, ASYNCHRONOUS, (4,)),
+    "B": Block(("grpo", "aspo"), {1.5e-4: 30}, REUSE),
+    "C": Block(("inert", "tis", "no_is", "grpo", "aspo", "up"), {5e-4: 80}, ASYNCHRONOUS, (0, 1, 4, 8), ("inert",)),
     # A demonstration on a real model, which `make smollm2` creates: vLLM on a rank of its own, one update per batch.
     "smollm2": Block(
         ("inert", "grpo", "aspo"),
@@ -129,7 +125,7 @@ class Run:
 
     @property
     def key(self) -> Key:
-        return Key(PART_OF.get(self.block, self.block), self.arm, self.lr, self.staleness, self.seed)
+        return Key(self.block, self.arm, self.lr, self.staleness, self.seed)
 
     @property
     def name(self) -> str:
@@ -185,7 +181,7 @@ def planned_seeds(block: str) -> range:
     """The planned seeds of a block of runs, from claims.yaml."""
     content = claims_content()
     first = content["first_seed"]
-    return range(first, first + content["seeds"][PART_OF.get(block, block)])
+    return range(first, first + content["seeds"][block])
 
 
 # Marks
@@ -203,10 +199,11 @@ def _digest(content: Any) -> str:
 
 
 def faults(key: Key, settings: dict[str, Any], made_under: dict[str, str]) -> Iterator[str]:
-    """Yield why a run does not count: settings that are not the design's, and other claims unless it is a pilot."""
+    """Yield why a run does not count: settings that are not the design's, and other claims. Pilots are older than both."""
     run = planned_run(key)
     if run is None:
         yield "the design has no such run"
+    if run is None or key.seed in PILOTS:
         return
     first = replace(run, seed=1)
     config = _config(BLOCKS[run.block].config, tuple(first.settings))
@@ -219,7 +216,7 @@ def faults(key: Key, settings: dict[str, Any], made_under: dict[str, str]) -> It
     now = marks(run)
     if not different and made_under["design"] != now["design"]:
         yield "it was begun under another design or task"
-    if key.seed not in PILOTS and made_under["claims"] != now["claims"]:
+    if made_under["claims"] != now["claims"]:
         yield "it was begun under other claims"
 
 

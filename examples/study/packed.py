@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from design import BLOCKS, MARKS_FILE, PART_OF, Key, faults
+from design import BLOCKS, MARKS_FILE, Key, faults
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
@@ -85,7 +85,7 @@ def pack(folder: Path, results: Path = RESULTS) -> list[Path]:
     written: list[Path] = []
     for made_under in sorted(folder.glob(f"*/*/{MARKS_FILE}")):
         run = made_under.parent
-        key = key_of(PART_OF.get(run.parent.name, run.parent.name), run.name)
+        key = key_of(run.parent.name, run.name)
         if key is None or run.parent.name not in BLOCKS or not (run / METRICS_FILE).is_file():
             continue
         if (path := packed_file(key, results)).exists():

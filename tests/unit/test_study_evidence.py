@@ -53,7 +53,7 @@ def test_size_of_the_page_and_of_the_packed_runs() -> None:
     assert sum(path.stat().st_size for path in RESULTS.rglob(f"*{SUFFIX}")) <= 20e6
 
 
-BLOCKS = ("A", "B", "C", "C-low")
+BLOCKS = ("A", "B", "C")
 
 
 def test_every_planned_run_serves_a_claim_and_no_claim_lacks_one() -> None:
@@ -204,7 +204,7 @@ def test_run_with_settings_of_another_design_does_not_count(packed: Path, settin
 
 @pytest.mark.parametrize(("mark", "why"), [("claims", "other claims"), ("design", "another design or task")])
 def test_run_begun_under_other_claims_or_another_design_does_not_count(packed: Path, mark: str, why: str) -> None:
-    for seed in (103, 1):  # a pilot fixes the claims, and so is older than they are
+    for seed in (103, 1):  # a pilot fixes claims and design, and so is older than they are
         path = packed / "results" / "B" / f"grpo-lr0.00015-k0-seed{seed}{SUFFIX}"
         if seed == 1:
             write_run(packed / "runs", run_of_b("grpo", 1))
@@ -212,13 +212,13 @@ def test_run_begun_under_other_claims_or_another_design_does_not_count(packed: P
         content = json.loads(lzma.decompress(path.read_bytes()))
         content["marks"][mark] = "0123456789abcdef"
         path.write_bytes(lzma.compress(json.dumps(content).encode()))
-    refused = load(packed / "results").refused
-    expected = [f"B/grpo-lr0.00015-k0-seed{seed} does not count: it was begun under {why}" for seed in (103, 1)]
-    assert sorted(refused) == sorted(expected[: 1 if mark == "claims" else 2])
+    found = load(packed / "results")
+    assert found.refused == [f"B/grpo-lr0.00015-k0-seed103 does not count: it was begun under {why}"]
+    assert run_of_b("grpo", 1).key in found.runs
 
 
 def test_run_that_an_error_ended_counts_with_its_last_values(packed: Path) -> None:
-    write_run(packed / "runs", run_of_b("aspo", 101), 0.02, last=40, error="RunError: not finite")
+    write_run(packed / "runs", run_of_b("aspo", 101), 0.02, last=20, error="RunError: not finite")
     write_run(packed / "runs", run_of_b("aspo", 102), last=0, error="RunError: in the warm start")
     assert len(pack(packed / "runs", packed / "results")) == 1
     run = load(packed / "results").runs[run_of_b("aspo", 101).key]
@@ -227,7 +227,7 @@ def test_run_that_an_error_ended_counts_with_its_last_values(packed: Path) -> No
         {"collapse": 1, "pass@1": 0, "ratio gap, later epochs": 0.02, "final reward": 0.5}, abs=1e-5
     )
     assert list(run.train["step"]) == list(range(1, run.steps + 1))
-    assert run.steps > 40
+    assert run.steps > 20
     recounted(packed)
     lab = (packed / "docs" / "lab" / "objectives.md").read_text(encoding="utf-8")
     assert "- B/aspo-lr0.00015-k0-seed101 was ended by RunError: not finite" in lab
