@@ -297,5 +297,12 @@ def test_a_process_that_cannot_start_is_an_error_not_a_wrong_answer(
 
 
 def test_throughput() -> None:
-    """docs/lab/experiments.md measures 500. CPU time is affected by other load too, through the caches."""
-    assert measure(seed=1, prompts=4)["mixed"] > 200
+    """docs/lab/experiments.md measures 500 verdicts a second, 25 in the loop's time. A slow CPU slows both."""
+
+    def of_the_loop() -> float:
+        begin = time.process_time()
+        sum(i * i for i in range(10**6))
+        return time.process_time() - begin
+
+    before, rate = of_the_loop(), measure(seed=1, prompts=4)["mixed"]
+    assert rate * max(before, of_the_loop()) > 10

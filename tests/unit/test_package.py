@@ -142,8 +142,10 @@ def import_seconds(installed: Path, before: str, module: str) -> float:
 
 
 def test_importing_the_package_is_nothing(installed: Path) -> None:
-    assert import_seconds(installed, "sys", "megatron_aspo") < 0.02  # of 0.3 allowed
-    assert import_seconds(installed, "sys", "megatron_aspo.cli") < 0.3
+    """Measured by the import of asyncio, 0.04 s on a fast CPU and 0.09 s on a slow one. 0.3 s are allowed."""
+    measure = import_seconds(installed, "sys", "asyncio")
+    assert import_seconds(installed, "sys", "megatron_aspo") < 0.3 * measure
+    assert import_seconds(installed, "sys", "megatron_aspo.cli") < 6 * measure
 
 
 @pytest.mark.slow
