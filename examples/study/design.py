@@ -199,7 +199,7 @@ def _digest(content: Any) -> str:
 
 
 def faults(key: Key, settings: dict[str, Any], made_under: dict[str, str]) -> Iterator[str]:
-    """Yield why a run does not count: settings that are not the design's, and other claims. Pilots are older than both."""
+    """Yield why a run does not count: settings that are not the design's, other claims. Pilots are older than both."""
     run = planned_run(key)
     if run is None:
         yield "the design has no such run"

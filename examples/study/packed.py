@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from design import BLOCKS, MARKS_FILE, Key, faults
+from design import BLOCKS, MARKS_FILE, PILOTS, Key, faults, runs
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
@@ -79,37 +79,46 @@ def packed_file(key: Key, results: Path = RESULTS) -> Path:
 def pack(folder: Path, results: Path = RESULTS) -> list[Path]:
     """Write a file for each run below `folder` that is over and has none. Return the new files.
 
-    Over are complete runs, and those that an error has ended after their first step. Others are left for later.
-    Existing files are never rewritten.
+    Over are complete runs, and those that an error has ended after their first step. Others are left for later, and
+    with one of a counted seed the other runs of its seed and block: these are compared, so they need one warm start,
+    which another kind of CPU makes a little differently. Existing files are never rewritten.
     """
-    written: list[Path] = []
+    contents: dict[Key, dict[str, Any]] = {}
     for made_under in sorted(folder.glob(f"*/*/{MARKS_FILE}")):
         run = made_under.parent
         key = key_of(run.parent.name, run.name)
-        if key is None or run.parent.name not in BLOCKS or not (run / METRICS_FILE).is_file():
+        if key and key.block in BLOCKS and (run / METRICS_FILE).is_file() and (content := _content(run)):
+            contents[key] = content
+    written: list[Path] = []
+    for key, content in contents.items():
+        compared = {run.key for run in runs(key.block, [key.seed])}
+        path = packed_file(key, results)
+        if path.exists() or (key.seed not in PILOTS and not compared <= contents.keys()):
             continue
-        if (path := packed_file(key, results)).exists():
-            continue
-        settings: Any = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))
-        made: dict[str, Any] = json.loads(made_under.read_text(encoding="utf-8"))
-        error = made.pop("error")
-        by_phase = {phase: [r for r in read_metrics(run) if r["phase"] == phase] for phase in ("train", "eval")}
-        complete = any(r["step"] == settings["train"]["steps"] for r in by_phase["eval"])
-        if not complete and not (error and by_phase["train"]):
-            continue
-        commit, _, rest = (run / "git.txt").read_text(encoding="utf-8").partition("\n")
-        content = {
-            "commit": commit.removeprefix("commit "),
-            "dirty": rest.startswith("dirty yes"),
-            "marks": made,
-            "error": None if complete else error,
-            "settings": {name: settings[name] for name in SECTIONS},
-            **{phase: _columns(records) for phase, records in by_phase.items()},
-        }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(lzma.compress(json.dumps(content, separators=(",", ":")).encode(), preset=9))
         written.append(path)
     return written
+
+
+def _content(run: Path) -> dict[str, Any] | None:
+    """The content of a run's packed file; None if the run is not over."""
+    settings: Any = OmegaConf.to_container(OmegaConf.load(run / CONFIG_FILE))
+    made: dict[str, Any] = json.loads((run / MARKS_FILE).read_text(encoding="utf-8"))
+    error = made.pop("error")
+    by_phase = {phase: [r for r in read_metrics(run) if r["phase"] == phase] for phase in ("train", "eval")}
+    complete = any(r["step"] == settings["train"]["steps"] for r in by_phase["eval"])
+    if not complete and not (error and by_phase["train"]):
+        return None
+    commit, _, rest = (run / "git.txt").read_text(encoding="utf-8").partition("\n")
+    return {
+        "commit": commit.removeprefix("commit "),
+        "dirty": rest.startswith("dirty yes"),
+        "marks": made,
+        "error": None if complete else error,
+        "settings": {name: settings[name] for name in SECTIONS},
+        **{phase: _columns(records) for phase, records in by_phase.items()},
+    }
 
 
 def _columns(records: Sequence[Record]) -> dict[str, list[float | None]]:

@@ -3,8 +3,8 @@
     .venv/bin/python examples/study/run.py BLOCK... [--seeds 101-112] [--unpacked] [--workers 2] [--dry-run]
 
 It can be stopped and started again: complete runs stay, the others continue from their last checkpoint. With
-`--unpacked` another machine goes on where the packed runs in examples/study/results end. A worker takes all runs of a
-seed, the first of which makes its warm start, so that an interrupted study has complete seeds.
+`--unpacked` another machine goes on where the packed runs in examples/study/results end: with whole seeds of a block,
+because runs that are compared need one warm start. A worker takes all runs of a seed, the first of which makes it.
 
 Every run is a training run of the package with the settings of design.py. A run that an error ends after its first step
 is an outcome: the error is recorded, the other runs go on. Errors of the machine (a full disk, a signal) are none, and
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="by default the block's")
     parser.add_argument("--lr", nargs="+", type=float, help="by default the block's")
     parser.add_argument("--k", nargs="+", type=int, help="stalenesses, by default the block's")
-    parser.add_argument("--unpacked", action="store_true", help="only runs whose packed metrics are not there yet")
+    parser.add_argument("--unpacked", action="store_true", help="only seeds that lack a packed run in the block")
     parser.add_argument("--workers", type=int, default=2, help="seeds at a time")
     parser.add_argument("--dry-run", action="store_true", help="list the runs that are missing")
     arguments = parser.parse_args()
@@ -140,7 +140,7 @@ def main() -> None:
     every = [run for run in every if run.arm in (arguments.arms or ARMS) and run.lr in (arguments.lr or [run.lr])]
     every = [run for run in every if run.staleness in (arguments.k or [run.staleness])]
     if arguments.unpacked:
-        every = [run for run in every if not packed_file(run.key).exists()]
+        every = [run for run in every if not all(packed_file(r.key).exists() for r in runs(run.block, [run.seed]))]
     try:
         for run in every:
             check_marks(run)

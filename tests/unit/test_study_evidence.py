@@ -118,7 +118,8 @@ def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     for seed, gap in GAPS.items():
         write_run(folder / "runs", run_of_b("grpo", seed), gap)
-    assert len(pack(folder / "runs", folder / "results")) == len(PLANNED)
+        write_run(folder / "runs", run_of_b("aspo", seed))
+    assert len(pack(folder / "runs", folder / "results")) == 2 * len(PLANNED)
     for name in PAGES:
         (folder / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(DOCS / name, folder / "docs" / name)
@@ -127,8 +128,15 @@ def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def packed(packed_once: Path, tmp_path: Path) -> Path:
-    """A folder with runs of GRPO in block B, packed, and with the pages."""
+    """A folder with the runs of block B, packed, and with the pages."""
     return Path(shutil.copytree(packed_once, tmp_path, dirs_exist_ok=True))
+
+
+def rewrite_run(folder: Path, run: Run, *arguments: Any, **settings: Any) -> None:
+    """Replace a run and its packed file, which is missing afterwards, by a run that `write_run` makes."""
+    (folder / "results" / run.block / f"{run.name}{SUFFIX}").unlink()
+    shutil.rmtree(folder / "runs" / run.block / run.name)
+    write_run(folder / "runs", run, *arguments, **settings)
 
 
 def recounted(folder: Path) -> tuple[str, list[str]]:
@@ -143,9 +151,9 @@ def test_verdict_on_the_page_is_that_of_the_runs(packed: Path) -> None:
     assert f"{mean:+.3g} [{low:+.3g}, {high:+.3g}] **reproduced**" in row
     assert row.endswith(f"| {len(PLANNED)} of {len(PLANNED)} |")
     assert not any(line.startswith("B/grpo") for line in missing)
-    assert f"B: {len(PLANNED)} of {2 * len(PLANNED)}" in text
+    assert f"B: {2 * len(PLANNED)} of {2 * len(PLANNED)}" in text
     lab = (packed / "docs" / "lab" / "objectives.md").read_text(encoding="utf-8")
-    assert f"- 0123abc with uncommitted changes: {len(PLANNED)} runs" in lab
+    assert f"- 0123abc with uncommitted changes: {2 * len(PLANNED)} runs" in lab
 
 
 def test_missing_run_takes_the_verdict_away_and_is_named(packed: Path) -> None:
@@ -157,14 +165,24 @@ def test_missing_run_takes_the_verdict_away_and_is_named(packed: Path) -> None:
     assert "B/grpo-lr0.00015-k0-seed103: missing; claims 2, 2c" in missing
 
 
-def test_packing_again_adds_new_finished_runs_only(packed: Path) -> None:
-    write_run(packed / "runs", run_of_b("aspo", 101))
-    write_run(packed / "runs", run_of_b("aspo", 102), last=20)
-    before = {path: path.read_bytes() for path in packed.glob("results/*/*")}
+def test_packing_again_adds_finished_seeds_only(packed: Path) -> None:
+    """A counted seed is packed when all its runs are over: those made on another machine had another warm start."""
+    rewrite_run(packed, run_of_b("aspo", 101))
+    rewrite_run(packed, run_of_b("aspo", 102), last=20)
+    (packed / "results" / "B" / f"grpo-lr0.00015-k0-seed102{SUFFIX}").unlink()
     shutil.rmtree(packed / "runs" / "B" / "grpo-lr0.00015-k0-seed104")
+    write_run(packed / "runs", run_of_b("grpo", 1))  # a pilot
+    before = {path: path.read_bytes() for path in packed.glob("results/*/*")}
     new = pack(packed / "runs", packed / "results")
-    assert [path.name for path in new] == [f"aspo-lr0.00015-k0-seed101{SUFFIX}"]
+    names = {f"aspo-lr0.00015-k0-seed101{SUFFIX}", f"grpo-lr0.00015-k0-seed1{SUFFIX}"}
+    assert {path.name for path in new} == names
     assert {path: path.read_bytes() for path in before} == before
+    write_run(packed / "runs", run_of_b("aspo", 1))
+    shutil.rmtree(packed / "runs" / "B" / "aspo-lr0.00015-k0-seed102")
+    write_run(packed / "runs", run_of_b("aspo", 102))
+    new = pack(packed / "runs", packed / "results")
+    names = {f"{arm}-lr0.00015-k0-seed102{SUFFIX}" for arm in ("aspo", "grpo")} | {f"aspo-lr0.00015-k0-seed1{SUFFIX}"}
+    assert {path.name for path in new} == names
 
 
 @pytest.mark.parametrize(
@@ -187,15 +205,12 @@ def test_packing_again_adds_new_finished_runs_only(packed: Path) -> None:
     ],
 )
 def test_run_with_settings_of_another_design_does_not_count(packed: Path, setting: str, value: Any) -> None:
-    name = f"grpo-lr0.00015-k0-seed103{SUFFIX}"
-    (packed / "results" / "B" / name).unlink()
-    shutil.rmtree(packed / "runs" / "B" / "grpo-lr0.00015-k0-seed103")
-    write_run(packed / "runs", run_of_b("grpo", 103), GAPS[103], **{setting: value})
+    rewrite_run(packed, run_of_b("grpo", 103), GAPS[103], **{setting: value})
     pack(packed / "runs", packed / "results")
     found = load(packed / "results")
     (refused,) = found.refused
     assert refused.startswith(f"B/grpo-lr0.00015-k0-seed103 does not count: {setting.replace('__', '.')}=")
-    assert sorted(key.seed for key in found.runs) == [seed for seed in PLANNED if seed != 103]
+    assert sorted(key.seed for key in found.runs if key.arm == "grpo") == [seed for seed in PLANNED if seed != 103]
     text, _ = recounted(packed)
     (row,) = (line for line in text.splitlines() if line.startswith("| 2. Mean r"))
     assert f"{len(PLANNED) - 1} of {len(PLANNED)} seeds" in row
@@ -218,8 +233,8 @@ def test_run_begun_under_other_claims_or_another_design_does_not_count(packed: P
 
 
 def test_run_that_an_error_ended_counts_with_its_last_values(packed: Path) -> None:
-    write_run(packed / "runs", run_of_b("aspo", 101), 0.02, last=20, error="RunError: not finite")
-    write_run(packed / "runs", run_of_b("aspo", 102), last=0, error="RunError: in the warm start")
+    rewrite_run(packed, run_of_b("aspo", 101), 0.02, last=20, error="RunError: not finite")
+    rewrite_run(packed, run_of_b("aspo", 102), last=0, error="RunError: in the warm start")
     assert len(pack(packed / "runs", packed / "results")) == 1
     run = load(packed / "results").runs[run_of_b("aspo", 101).key]
     measured = {name: MEASURES[name](run) for name in ("collapse", "pass@1", "ratio gap, later epochs", "final reward")}
