@@ -140,7 +140,8 @@ def main() -> None:
     every = [run for run in every if run.arm in (arguments.arms or ARMS) and run.lr in (arguments.lr or [run.lr])]
     every = [run for run in every if run.staleness in (arguments.k or [run.staleness])]
     if arguments.unpacked:
-        every = [run for run in every if not all(packed_file(r.key).exists() for r in runs(run.block, [run.seed]))]
+        unpacked = {(run.block, run.seed) for run in every if not packed_file(run.key).exists()}
+        every = [run for run in every if (run.block, run.seed) in unpacked]
     try:
         for run in every:
             check_marks(run)
