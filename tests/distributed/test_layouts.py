@@ -51,7 +51,7 @@ ARRANGEMENTS = {
 """Arrangement of the batch in micro-batches and type of loss head -> (settings, names of the tested losses)."""
 
 FEWER = {"aspo", "aspo, entropy split", "aspo, anchored", "response_mean_is", "gspo", "gmpo"}
-"""Losses that need the most of other ranks. Layouts that combine kinds of parallelism take these, two of them all."""
+"""Losses that need the most of other ranks. Layouts that are not in `ALL_LOSSES` take these."""
 
 REFERENCE = {"one stream": (ARRANGEMENTS["one stream"][0], list(LOSSES))}
 LAYOUTS = {

@@ -1,5 +1,6 @@
 """The files of a run: metrics across kills and resumes, samples, provenance, and the printed line."""
 
+import importlib.metadata
 import json
 import math
 import subprocess
@@ -133,7 +134,8 @@ def test_provenance_keeps_every_attempt(tmp_path: Path, monkeypatch: pytest.Monk
     assert first[0] == "command: megatron-aspo train 'my run.yaml'"
     assert "ranks: 4" in first
     for package in ("torch", "numpy", "megatron-core", "reasoning-gym"):
-        assert sum(line.startswith(f"{package}==") for line in first) == 1
+        found = [line for line in first if line.startswith(f"{package}==")]
+        assert found == [f"{package}=={importlib.metadata.version(package)}"]
     assert {p.name for p in tmp_path.glob("git*")} == {"git.txt", "git.1.txt"}
 
 
