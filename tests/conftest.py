@@ -29,6 +29,13 @@ def pytest_runtest_setup() -> None:
         torch.manual_seed(0)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Print a failed test's name, seconds and error as soon as it ends: a run that is cut off has no summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        error = "\n".join(report.longreprtext.splitlines()[-30:])
+        print(f"\nFAILED {report.nodeid} ({report.when}, {report.duration:.0f} s)\n{error}", flush=True)
+
+
 @pytest.fixture(autouse=True)
 def same_switches() -> Iterator[None]:
     """A test that leaves a switch set changes the tests that its process runs next: one failed for TRITON_INTERPRET."""
