@@ -19,7 +19,17 @@ from claims import ALPHA, Claim, Judged, judge_all, load_claims
 from design import ROOT
 from figure import draw
 from packed import RESULTS, Packed, load, pack
-from page import arms_table, meaning, missing_lines, origin, status, tests_table, verdicts_table, with_parts
+from page import (
+    arms_table,
+    demonstration,
+    meaning,
+    missing_lines,
+    origin,
+    status,
+    tests_table,
+    verdicts_table,
+    with_parts,
+)
 from planning import power_table
 
 from megatron_aspo.errors import UserError
@@ -35,6 +45,7 @@ def parts(judged: Sequence[Judged], packed: Packed, pictured: bool) -> dict[str,
         "status": status(judged) + (f"\n\n{picture}" if pictured else ""),
         "verdicts": verdicts_table(judged),
         "meaning": meaning(judged),
+        "demonstration": demonstration(packed.runs),
         "tests": tests_table(judged),
         "arms": arms_table(judged),
         "origin": origin(packed.runs),

@@ -81,6 +81,7 @@ class Block:
         fresh_arms: the arms at staleness 0, if these are fewer. With one update per batch and fresh samples every
             ratio is 1, so that other arms have the same gradients.
         ranks: processes of a run; one shares the imports of this process.
+        seeds: of a demonstration, which no claim counts; None: those of claims.yaml.
     """
 
     arms: tuple[str, ...]
@@ -90,6 +91,7 @@ class Block:
     fresh_arms: tuple[str, ...] = ()
     config: Path = COUNTDOWN
     ranks: int = 1
+    seeds: range | None = None
 
 
 BLOCKS = {
@@ -102,8 +104,8 @@ BLOCKS = {
     "C": Block(("inert", "tis", "no_is", "grpo", "aspo", "up"), {5e-4: 80}, ASYNCHRONOUS, (0, 1, 4, 8), ("inert",)),
     # A demonstration on a real model, which `make smollm2` creates: vLLM on a rank of its own, one update per batch.
     "smollm2": Block(
-        ("inert", "grpo", "aspo"),
-        {1e-5: 30},
+        ("inert", "aspo"),
+        {1e-5: 20},
         [
             *("loss.anchor=rollout", "rollout.ranks=1", "rollout.max_staleness=1"),
             *("train.mini_batch_prompts=8", "train.epochs=1", "checkpoint.every=10"),
@@ -111,6 +113,7 @@ BLOCKS = {
         (1,),
         config=ROOT / "examples" / "smollm2_135m.yaml",
         ranks=2,
+        seeds=range(1, 3),
     ),
 }
 
@@ -178,7 +181,9 @@ def claims_content() -> Any:
 
 
 def planned_seeds(block: str) -> range:
-    """The planned seeds of a block of runs, from claims.yaml."""
+    """The planned seeds of a block of runs, from claims.yaml; a demonstration has its own."""
+    if seeds := BLOCKS[block].seeds:
+        return seeds
     content = claims_content()
     first = content["first_seed"]
     return range(first, first + content["seeds"][block])

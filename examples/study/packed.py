@@ -31,6 +31,9 @@ SUFFIX = ".json.xz"
 LEFT_OUT = ("phase", "time", "mismatch/", "loss/rollout_", "rollout/tokens_per_second", "rollout/repetition_words")
 """Prefixes of columns that are not kept: times, and the sampler against the trainer, which no claim is about."""
 
+KEPT = ("time/step", "time/old_logprobs")
+"""Columns that are kept though their prefix is left out: the pass that an anchor at the sampler saves."""
+
 SECTIONS = ("seed", "model", "data", "rollout", "loss", "optimizer", "train", "warmup", "eval")
 """Sections of config.yaml that are kept: all that results depend on."""
 
@@ -122,7 +125,7 @@ def _content(run: Path) -> dict[str, Any] | None:
 
 
 def _columns(records: Sequence[Record]) -> dict[str, list[float | None]]:
-    names = sorted({name for record in records for name in record if not name.startswith(LEFT_OUT)})
+    names = sorted({name for record in records for name in record if name in KEPT or not name.startswith(LEFT_OUT)})
     return {name: [_rounded(record.get(name)) for record in records] for name in names}
 
 

@@ -248,6 +248,17 @@ def test_run_that_an_error_ended_counts_with_its_last_values(packed: Path) -> No
     assert "- B/aspo-lr0.00015-k0-seed101 was ended by RunError: not finite" in lab
 
 
+def test_demonstration_shows_each_run_and_the_pass_that_an_anchor_at_the_sampler_saves(packed: Path) -> None:
+    assert load(packed / "results").runs[run_of_b("grpo", 101).key].train["time/step"] == pytest.approx(1.0)
+    assert page.demonstration({}) == "Not yet run."
+    columns = {"reward/mean": [0.0, 0.1, 0.1, 0.3], "optimizer/grad_norm_max": [1, 9, 2, 1], "time/step": [20.0] * 4}
+    made = [metrics({**columns, "loss/entropy": [2.0] * 4}, block="smollm2", arm="aspo", seed=2)]
+    made += [metrics({**columns, "time/old_logprobs": [5.0] * 4}, block="smollm2", arm="inert", seed=1)]
+    rows = page.demonstration({run.key: run for run in [*made, metrics(columns)]}).splitlines()[2:]
+    assert rows == ["| aspo | 2 | 0 | 0.3 | 2 | 9 | – | 20 |", "| inert | 1 | 0 | 0.3 | – | 9 | 5 | 20 |"]
+    assert {run.arm for run in runs("smollm2", planned_seeds("smollm2"))} == {"aspo", "inert"}
+
+
 def test_damaged_file_is_one_line(packed: Path) -> None:
     path = packed / "results" / "B" / f"grpo-lr0.00015-k0-seed103{SUFFIX}"
     path.write_bytes(path.read_bytes()[:-20])
