@@ -127,7 +127,8 @@ def measure_mismatch(mini_batches: Sequence[Sequence[MicroBatch]], version: int 
     Args:
         mini_batches: with `old_logprobs`.
         version: of the weights of `old_logprobs`; it adds the first and the fourth statistic of the tokens that these
-            weights wrote as `name_current` (numerics alone), of the others as `name_older` (staleness too).
+            weights wrote as `name_current` (numerics alone, with updates in flight also an older KV cache), of the
+            others as `name_older` (staleness too).
 
     Returns:
         logprob_diff: mean of `|d|`.

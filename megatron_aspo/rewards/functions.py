@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
+from multiprocessing.util import Finalize
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -36,6 +37,8 @@ class FunctionVerifier:
         context = multiprocessing.get_context("fork")
         self._pool = ProcessPool(config.processes, context=context, initializer=_start, initargs=(function,))
         assert self._pool.active  # starts the workers: forks made before the rank has a model
+        # A rank that fails before anyone can close this would wait for its workers at its end.
+        self._end = Finalize(None, self._stop, exitpriority=0)
 
     def submit(self, sample: Sample) -> Future[Verdict]:
         """The verdict on a response; an error if the call took too long or its worker ended.
@@ -49,6 +52,9 @@ class FunctionVerifier:
         return verdict
 
     def close(self) -> None:
+        self._end()
+
+    def _stop(self) -> None:
         self._pool.stop()
         self._pool.join()
 

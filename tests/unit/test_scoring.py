@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -251,6 +252,22 @@ def test_functions_are_called_side_by_side() -> None:
         workers = {int(sample.score) for sample in samples}
         assert len(workers) == 8
     assert not any(psutil.pid_exists(pid) for pid in workers)
+
+
+def fail_before_the_first_verdict() -> None:
+    verifier = open_verifier(lambda response, row: 1.0, RewardConfig(), 0)
+    sys.exit(3 if verifier else 4)  # in place of a setting's error
+
+
+def test_a_rank_that_fails_before_it_scores_ends() -> None:
+    """Python's end of a forked process waits for all its own forks, and the workers wait for work."""
+    process = multiprocessing.get_context("fork").Process(target=fail_before_the_first_verdict)
+    process.start()
+    try:
+        process.join(20)
+        assert process.exitcode == 3
+    finally:
+        process.kill()
 
 
 def test_workers_end_with_their_rank(tmp_path: Path) -> None:
