@@ -28,7 +28,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 # recipe -> (kinds of ranks, tensors of the files)
 RECIPES = {
     "archer2_math": (1, 339),
-    "archer2_code": (1, 339),
     "qwen2_5_32b": (8, 771),
     "qwen3_32b": (16, 707),
     "qwen2_5_72b": (16, 963),
@@ -43,7 +42,7 @@ RECIPES = {
 }
 
 
-SAME_RANKS = {"qwen3_32b_async": "qwen3_32b"}
+SAME_RANKS = {"qwen3_32b_async": "qwen3_32b", "archer2_code": "archer2_math"}
 """Recipe -> another one with the same training ranks."""
 
 
