@@ -536,8 +536,9 @@ def starts_a_second() -> float:
 
 @pytest.mark.parametrize(("problem", "program"), [(UNIT, hostile.EARNED), (ESCAPED, "print('escaped')")])
 def test_verdicts_a_second(problem: CodeProblem, program: str, verifier: CodeVerifier) -> None:
-    """A verdict takes at most 20 sandboxed starts of Python (3 to 8 were measured, on an idle and a busy machine)."""
-    share = 1 / 20
+    """A verdict takes at most 14 sandboxed starts of Python: 8 verdicts a second where 112 starts fit in one. Measured
+    were 1 to 10, on an idle and a busy machine."""
+    share = 1 / 14
     assert best(lambda: rate(verifier, problem, program, 40) / starts_a_second(), enough=share) >= share
 
 
@@ -561,4 +562,4 @@ def test_hostile_neighbours_take_no_more_than_a_busy_one() -> None:
         hostile_ones, busy_ones = zip(*((seconds(bombs), seconds(["while True: pass"])) for _ in range(3)), strict=True)
         return sum(busy_ones) / sum(hostile_ones)
 
-    assert best(measure, enough=0.7) >= 0.7
+    assert best(measure, enough=0.9) >= 0.9
