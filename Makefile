@@ -13,7 +13,7 @@ ON_CPU := CUDA_VISIBLE_DEVICES=""
 PYTEST := $(BIN)/python -m pytest -n $(shell n=$$(nproc); echo $$((n < 4 ? n : 4))) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: gpu gpu-bare help install install-gpu rehearsal recipes demo smollm2 train-smollm2 evidence evidence-run nemo-run integrations test test-all test-fast test-loss-alone test-megatrons
+.PHONY: gpu gpu-bare help install install-gpu rehearsal recipes demo smollm2 train-smollm2 evidence evidence-run nemo-run integrations test test-all test-fast test-slow test-long test-loss-alone test-megatrons
 .PHONY: check docs dist lock clean
 
 help: ## list the targets; ARGS="..." is passed on to demo, train-smollm2, tests and lock
@@ -82,10 +82,15 @@ evidence-run: $(STAMP) ## make the study's runs anew in runs/study, many hours o
 	  $(BIN)/python examples/study/analysis.py evidence --results runs/study/results && exit $$status
 
 test: $(STAMP) ## run the tests to pass before a commit; ARGS="-n 0" runs them in one process
-	$(ON_CPU) $(PYTEST) -m "not slow and (distributed or not (engines))" $(ARGS)
+	$(ON_CPU) $(PYTEST) -m "not slow and not long and (distributed or not (engines))" $(ARGS)
 
-test-all: $(STAMP) $(TE)/.installed ## run all other tests (slow, vLLM, Slurm, other projects); `make test test-all` runs each test once
-	$(ON_CPU) $(PYTEST) -m "slow or (engines and not (distributed))" $(ARGS)
+test-slow: $(STAMP) $(TE)/.installed ## run the rest of CI's tests: slow ones, vLLM, Slurm, other projects, Transformer Engine's Python
+	$(ON_CPU) $(PYTEST) -m "not long and (slow or (engines and not (distributed)))" $(ARGS)
+
+test-long: $(STAMP) $(TE)/.installed ## run the tests that take minutes each, which CI leaves out: before a release
+	$(ON_CPU) $(PYTEST) -m long $(ARGS)
+
+test-all: test test-slow test-long ## run all tests, each once
 
 test-fast: $(STAMP) ## run the single-process part of `make test`
 	$(ON_CPU) $(PYTEST) -m "not distributed and not slow and not engines" $(ARGS)

@@ -23,7 +23,7 @@ from ranks import _free_port, _outputs
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".cache" / "te"
-"""Where `make test-all` puts Transformer Engine's Python."""
+"""Where `make rehearsal` puts Transformer Engine's Python."""
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 

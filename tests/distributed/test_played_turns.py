@@ -248,7 +248,7 @@ def test_the_game_of_the_page(tmp_path: Path) -> None:
     assert scores == {0.0, 1.0}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_model_learns_to_read_its_observations(tmp_path: Path) -> None:
     """Without them no strategy finds more than 3 of 7 numbers with three guesses."""
     root = Path(__file__).parents[2]

@@ -122,6 +122,7 @@ def test_ranks_that_fail_are_told_by_the_exit_code(aspo: Aspo) -> None:
     assert "no_such_task" in done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_slurm_and_a_signal(aspo: Aspo, checkout: Path, cluster: Cluster) -> None:
     """Two ranks on each of two nodes: after the stop signal they save, and the job resumes at that step."""
     settings = [*SHORT, "name=nodes", "train.steps=8", "checkpoint.every=0"]

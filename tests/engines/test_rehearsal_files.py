@@ -69,7 +69,7 @@ def built() -> dict[str, tuple[Parts, float]]:
     return run(1, build_all, list(RECIPES), timeout=1500)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_built_at_full_size(name: str, built: dict[str, tuple[Parts, float]]) -> None:

@@ -303,7 +303,7 @@ def wait_for_step(run_dir: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_whose_rank_is_killed_while_it_samples_ends_and_resumes_to_the_bit(mode: str, tmp_path: Path) -> None:
     run(2, train_by_command, arguments(tmp_path, "undisturbed", *MODES[mode]))
@@ -397,7 +397,7 @@ def train_until_rank_1_dies(command: list[str], run_dir: Path) -> None:
     os._exit(train_command.main(command))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_with_updates_in_flight_takes_every_prompt_once(tmp_path: Path) -> None:
     settings = ("rollout.ranks=1", "rollout.max_staleness=1", "rollout.in_flight=true", "rollout.oversample=1.25")
     more = (

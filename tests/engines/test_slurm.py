@@ -121,6 +121,7 @@ def test_a_recipe_trains_over_two_nodes(trained: Job) -> None:
     assert "2 node(s) are well" in (logs / "check-node0.log").read_text()
 
 
+@pytest.mark.long
 def test_time_limit(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]]) -> None:
     job = submit("time-limit", *SHORT, flags=("--time=60", "--signal=B:USR1@150"))
     wait_for_step(job, 2)
@@ -138,6 +139,7 @@ def test_time_limit(submit: Submit, cluster: Cluster, undisturbed: list[dict[str
     check_continues(job, undisturbed, restarts=1, saved=1)
 
 
+@pytest.mark.long
 def test_requeue(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]]) -> None:
     job = submit("requeue", *SHORT)
     wait_for_step(job, 7)
@@ -145,6 +147,7 @@ def test_requeue(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, A
     check_continues(job, undisturbed, restarts=1)
 
 
+@pytest.mark.long
 def test_preemption(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]]) -> None:
     job = submit("preempted", *SHORT, flags=("--partition=low",))
     wait_for_step(job, 2)
@@ -153,7 +156,7 @@ def test_preemption(submit: Submit, cluster: Cluster, undisturbed: list[dict[str
     assert "JobState=COMPLETED" in cluster.call("scontrol", "show", "job", urgent.strip())
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+@pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_signal(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]], launcher: str) -> None:
     job = submit(f"signal-{launcher}", *SHORT, f"LAUNCHER={launcher}")
     wait_for_step(job, 2)
@@ -164,6 +167,7 @@ def test_signal(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, An
     check_continues(job, undisturbed, restarts=1, saved=1)
 
 
+@pytest.mark.long
 def test_a_killed_rank(submit: Submit, undisturbed: list[dict[str, Any]]) -> None:
     job = submit("killed", *SHORT)
     wait_for_step(job, 7)
@@ -174,6 +178,7 @@ def test_a_killed_rank(submit: Submit, undisturbed: list[dict[str, Any]]) -> Non
     assert "checkpoints/step_000006" in job.said
 
 
+@pytest.mark.long
 def test_a_node_that_goes_down(submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]]) -> None:
     job = submit("node-down", *SHORT)
     wait_for_step(job, 7)
@@ -186,6 +191,7 @@ def test_a_node_that_goes_down(submit: Submit, cluster: Cluster, undisturbed: li
     assert down not in nodes_of_attempts(job)[1]
 
 
+@pytest.mark.long
 def test_a_chain_where_requeueing_is_forbidden(
     submit: Submit, cluster: Cluster, undisturbed: list[dict[str, Any]]
 ) -> None:
@@ -197,6 +203,7 @@ def test_a_chain_where_requeueing_is_forbidden(
     assert "Slurm cannot requeue the job" in links[1].said  # they share the file
 
 
+@pytest.mark.long
 def test_requeues_are_bounded(submit: Submit, cluster: Cluster) -> None:
     job = submit("restarts", *SHORT, "MAX_RESTARTS=0")
     wait_for_step(job, 1)
@@ -206,6 +213,7 @@ def test_requeues_are_bounded(submit: Submit, cluster: Cluster) -> None:
     assert "is saved; not requeued: MAX_RESTARTS=0" in job.said
 
 
+@pytest.mark.long
 def test_crashes_are_bounded(submit: Submit, trained: Job) -> None:
     run_dir = trained.run_dir.parent / "crashing"
     run_dir.mkdir()

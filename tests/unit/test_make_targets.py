@@ -30,7 +30,7 @@ def make(*words: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("target", ["test", "test-all", "test-fast", "demo"])
+@pytest.mark.parametrize("target", ["test", "test-slow", "test-long", "test-fast", "demo"])
 def test_no_gpu_is_visible_to_commands_for_the_cpu(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,14 +41,15 @@ def test_no_gpu_is_visible_to_commands_for_the_cpu(
     assert make(target, f"BIN={tmp_path}") == "visible: []\n"
 
 
-def test_the_two_test_targets_share_all_tests() -> None:
+def test_the_three_test_targets_share_all_tests() -> None:
     """Every combination of marks belongs to exactly one target, and no folder's conftest.py skips the folder."""
-    test, rest = (re.findall(r'-m "(.*?)"', make("--dry-run", target))[0] for target in ("test", "test-all"))
-    for marks in itertools.product([True, False], repeat=3):
-        named: dict[str, Any] = dict(zip(("slow", "engines", "distributed"), marks, strict=True))
-        assert eval(test, named) != eval(rest, named)
-    assert "not engines" not in test + rest
-    assert "not distributed" not in test + rest
+    chosen = re.findall(r'-m "?(\bnot .*?|long)"? *$', make("--dry-run", "test-all"), re.MULTILINE)
+    assert len(chosen) == 3
+    for marks in itertools.product([True, False], repeat=4):
+        named: dict[str, Any] = dict(zip(("slow", "long", "engines", "distributed"), marks, strict=True))
+        assert [eval(expression, named) for expression in chosen].count(True) == 1
+    assert "not engines" not in "".join(chosen)
+    assert "not distributed" not in "".join(chosen)
 
 
 def test_transformer_engine_is_compiled_for_the_pinned_torch(tmp_path: Path) -> None:
