@@ -22,6 +22,7 @@ from megatron_aspo.errors import RunError, UserError
 from megatron_aspo.policy.cpu import cuda as cpu
 from megatron_aspo.policy.hf.folder import copy_configuration
 from megatron_aspo.ranks.gathering import gather_objects
+from megatron_aspo.rollout import vllm_delta_net
 from megatron_aspo.rollout.weight_sync import Weight, WeightSyncError, llama_config
 
 QUANTIZATION = {
@@ -54,8 +55,9 @@ def start_vllm(model: ModelConfig, vocab_size: int, config: RolloutConfig, seed:
             _check_head_size(made)
             if made.use_mla:
                 _rotate_in_torch()
-            if made.is_hybrid:  # states of gated delta nets are not cached without chunked prefill
-                arguments["enable_prefix_caching"] = False
+            if made.is_hybrid:
+                arguments["enable_prefix_caching"] = False  # vLLM caches no states without chunked prefill
+                vllm_delta_net.install()
             _rename_shared_memory()
         llm = LLM(**arguments)
     except ValueError as error:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from ranks import VOCAB, everywhere, run, run_config, tiny_run
-from tiny_models import write_model, write_published
+from tiny_models import write_model, write_published, write_with_vision
 
 from megatron_aspo.batch import Prompt, Sample
 from megatron_aspo.commands import train
@@ -46,7 +46,9 @@ pytestmark = pytest.mark.engines
 # vLLM's attention on a CPU requires a head dimension of at least 32.
 LLAMA = ModelConfig(hidden_size=128, ffn_hidden_size=192, max_sequence_length=64)
 ROLLOUT = RolloutConfig(engine="vllm", max_response_tokens=12, batch_size=64, kv_cache_gb=0.1)
-EXPERTS = ("qwen3-moe", "glm4-moe", "glm4-moe-lite", "deepseek-v3")
+ATTENTION = ("qwen3-moe", "glm4-moe", "glm4-moe-lite", "deepseek-v3", "kimi-k2")
+DELTA_NETS = ("qwen3-next", "qwen3.5-moe", "qwen3.6-moe")
+EXPERTS = (*ATTENTION, *DELTA_NETS)
 LAYOUTS = {
     "alone": (1, ParallelConfig(), 1),
     "dp2": (2, ParallelConfig(), 1),
@@ -235,16 +237,30 @@ LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "
 """What vLLM's kernel for latent attention on a CPU supports."""
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama3-rope", "qwen2", "qwen3", "mistral", *EXPERTS])
-def test_models_of_hugging_face(name: str, tmp_path: Path) -> None:
+def write_for_vllm(name: str, folder: Path) -> None:
+    """Write a tiny model with sizes for which vLLM has kernels on a CPU."""
+    shared = {"shared_expert_intermediate_size": 48} if name in DELTA_NETS else {}
+    # vLLM pads experts of 48 to 64 on a CPU, and packs them.
+    sizes = {"hidden_size": 128, "head_dim": 32} | ({"moe_intermediate_size": 48} | shared if name in EXPERTS else {})
     if name == "deepseek-v3":  # published in FP8 with an MTP layer; vLLM must sample with the policy's weights alone
-        write_published(tmp_path / name, tmp_path / "meant", **LATENT)
-    elif name == "glm4-moe-lite":
-        write_model(name, tmp_path / name, **LATENT)
+        write_published(folder, folder.parent / "meant", **LATENT)
+    elif name in ("glm4-moe-lite", "kimi-k2"):
+        write_model(name, folder, **LATENT)
+    elif name == "qwen3.6-moe":  # published with a vision encoder and MTP
+        write_with_vision(name, folder, **sizes)
     else:
-        # vLLM pads experts of 48 to 64 on a CPU, and packs them.
-        experts = {"moe_intermediate_size": 48} if name in EXPERTS else {}
-        write_model(name, tmp_path / name, hidden_size=128, head_dim=32, **experts)
+        write_model(name, folder, **sizes)
+
+
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("qwen3.5", "qwen3-next", "qwen3.5-moe")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama-tied", "llama3-rope", "qwen2", "qwen3", "mistral", *ATTENTION, "qwen3.6-moe", *LONG],
+)
+def test_models_of_hugging_face(name: str, tmp_path: Path) -> None:
+    write_for_vllm(name, tmp_path / name)
     config = vllm_config(ModelConfig(hf_path=str(tmp_path / name), max_sequence_length=64), temperature=0.7)
     has_experts = name in EXPERTS
     if has_experts:
@@ -259,6 +275,16 @@ def test_models_of_hugging_face(name: str, tmp_path: Path) -> None:
         assert rows > 200
         assert other == 0
     assert len(result["rerouted"]) == has_experts
+
+
+def test_gated_delta_nets_in_tensor_parallel_vllm(tmp_path: Path) -> None:
+    write_for_vllm("qwen3-next", tmp_path / "model")
+    model = ModelConfig(hf_path=str(tmp_path / "model"), max_sequence_length=64)
+    config = vllm_config(model, ParallelConfig(tensor=2, sequence_parallel=True), temperature=0.7, tensor=2)
+    for result in run(2, refit_from_hugging_face, config):
+        assert result["fresh"]["logprob_diff_max"] < 1e-4
+        assert result["refitted"]["logprob_diff_max"] < 1e-4
+        assert result["stale"]["logprob_diff"] > 0.1
 
 
 def refit_often(config: RunConfig, cycles: int) -> list[int]:

@@ -195,20 +195,22 @@ def write_published(folder: Path, meant: Path, block: int = 16, **changed: Any) 
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 _VISION = {
     **{"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4},
-    **{"out_hidden_size": _SHAPE["hidden_size"], "num_position_embeddings": 16},
+    "num_position_embeddings": 16,
 }
 
 
-def write_with_vision(name: str, folder: Path) -> Path:
+def write_with_vision(name: str, folder: Path, **changed: Any) -> Path:
     """Write "qwen3.5", "qwen3.5-moe" or "qwen3.6-moe" as published: with a vision encoder, the text model under a
     prefix, all experts of a layer in one tensor, and an MTP layer, whose experts are apart in Qwen3.5 and in one tensor
-    in Qwen3.6. Text is in float32, the rest in another file in bfloat16."""
+    in Qwen3.6. Text is in float32, the rest in another file in bfloat16. `changed` replaces fields of
+    the text model."""
     import transformers
 
     kind = {"qwen3.5": "Qwen3_5", "qwen3.5-moe": "Qwen3_5Moe", "qwen3.6-moe": "Qwen3_5Moe"}[name]
     rope = {"rope_parameters": _MROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}}
-    text = {**_SHAPE, **MODELS[name.replace("3.6", "3.5")][1], **rope, "mtp_num_hidden_layers": 1}
-    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=_VISION)
+    text = {**_SHAPE, **MODELS[name.replace("3.6", "3.5")][1], **rope, "mtp_num_hidden_layers": 1, **changed}
+    vision = _VISION | {"out_hidden_size": text["hidden_size"]}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
     with torch.random.fork_rng([]):
         torch.manual_seed(2)
         model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
@@ -218,7 +220,7 @@ def write_with_vision(name: str, folder: Path) -> Path:
     for key in [key for key in mtp if "mlp.experts." in key and name == "qwen3.5-moe"]:
         experts = mtp.pop(key)
         mtp |= {key.replace("experts.", f"experts.{i}."): x.clone() for i, x in enumerate(experts)}
-    mtp["mtp.fc.weight"] = torch.ones(32, 64)
+    mtp["mtp.fc.weight"] = torch.ones(text["hidden_size"], 2 * text["hidden_size"])
     mtp |= {key: stored.pop(key) for key in [key for key in stored if ".visual." in key]}
     folder.mkdir(parents=True)
     config.architectures = [type(model).__name__]

@@ -41,16 +41,24 @@ def causal_conv1d(
 
 
 def chunk_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None, **_: Any
-) -> tuple[Tensor, None]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
     """The recurrence S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - k_t' exp(g_t) S_{t-1}), o_t = q_t' S_t / sqrt(d_k), in
     float32, token by token for all segments at once.
 
-    Shapes: q, k [b, t, h, d_k], v [b, t, h, d_v], g, beta [b, t, h] -> [b, t, h, d_v].
+    Shapes: q, k [b, t, h, d_k], v [b, t, h, d_v], g, beta [b, t, h], initial_state [b, h, d_k, d_v] (0 if None) ->
+    outputs [b, t, h, d_v] and the last state, which means nothing where segments are of unequal length.
     """
     (queries, keys, values, decays, rates), fold = _rows(cu_seqlens, *(x.float() for x in (q, k, v, g, beta)))
     queries, decays = queries / k.shape[-1] ** 0.5, decays.exp()
-    state = keys.new_zeros(len(keys), *keys.shape[2:], v.shape[-1])
+    state = keys.new_zeros(len(keys), *keys.shape[2:], v.shape[-1]) if initial_state is None else initial_state.float()
     outputs: list[Tensor] = []
     for t in range(keys.shape[1]):
         state = state * decays[:, t, :, None, None]
@@ -58,7 +66,7 @@ def chunk_gated_delta_rule(
         change = (values[:, t] - known) * rates[:, t, :, None]
         state = state + torch.einsum("shk,shv->shkv", keys[:, t], change)
         outputs.append(torch.einsum("shkv,shk->shv", state, queries[:, t]))
-    return fold(torch.stack(outputs, 1)).to(v.dtype), None
+    return fold(torch.stack(outputs, 1)).to(v.dtype), state
 
 
 def _rows(cu_seqlens: Tensor | None, *streams: Tensor) -> tuple[list[Tensor], Any]:

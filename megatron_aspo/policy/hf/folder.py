@@ -54,6 +54,9 @@ def copy_configuration(model: ModelConfig, folder: Path, published: bool = False
     config = config if published else text_settings(config)
     if config.get("model_type") == "kimi_k2":  # which transformers does not know
         config["model_type"] = "deepseek_v3"
+    if config.get("model_type") == "deepseek_v3":  # where transformers assumes these, vLLM assumes a softmax
+        for name, value in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
+            config.setdefault(name, value)
     has_mtp = config.get("model_type") in ("deepseek_v3", "glm4_moe") or any(name in config for name in _MTP_LAYERS)
     # `torch_dtype` is an older name of `dtype`; the programs in auto_map are not copied.
     for name in ("torch_dtype", "quantization_config", "auto_map", *(() if published else _MTP_LAYERS)):
