@@ -55,10 +55,12 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         yield f"rollout.engine=megatron decodes single tokens, which {recipe} cannot; set rollout.engine=vllm"
     if config.data.chat_template and not model.hf_path:
         yield "data.chat_template=true needs the tokenizer of model.hf_path; set it, or data.chat_template=false"
-    needed = {"retry": "data.task", "sokoban": "data.task=sokoban"}.get(rollout.environment, "")
     for source in config.data.all_sources:
-        if not source.label.startswith(needed):
-            yield f"rollout.environment={rollout.environment} needs {needed}, not {source.label}; change one of them"
+        environment = f"rollout.environment={rollout.environment}"
+        if rollout.environment == "retry" and not source.task:
+            yield f"{environment} needs data.task, not {source.label}; change one of them"
+        if rollout.environment == "sokoban" and source.task != "sokoban":
+            yield f"{environment} needs data.task=sokoban, not {source.label}; change one of them"
     response = f"rollout.max_response_tokens={rollout.max_response_tokens}"
     if config.reward.overlong_buffer > rollout.max_response_tokens:
         yield f"reward.overlong_buffer={config.reward.overlong_buffer} exceeds {response}; lower it"
