@@ -87,12 +87,15 @@ def megatron_forward(model: Any, *args: Any, head: Any, context: dict[str, Any],
     while hasattr(gpt, "module"):
         gpt = gpt.module
     signature = inspect.signature(gpt.forward)
-    if "output_processor" in signature.parameters:
-        return model(*args, output_processor=head, output_processor_context=context, **kwargs)
-    if not getattr(gpt, "post_process", True):
-        return model(*args, **kwargs)
-    if not hasattr(gpt, "output_layer") or signature.bind_partial(*args, **kwargs).arguments.get("labels") is not None:
+    takes_head = "output_processor" in signature.parameters
+    is_last_stage = getattr(gpt, "post_process", True)
+    has_labels = signature.bind_partial(*args, **kwargs).arguments.get("labels") is not None
+    if is_last_stage and (has_labels or not (takes_head or hasattr(gpt, "output_layer"))):
         raise ValueError(f"megatron_forward needs a GPTModel and no labels; the model is a {type(gpt).__name__}")
+    if takes_head:
+        return model(*args, output_processor=head, output_processor_context=context, **kwargs)
+    if not is_last_stage:
+        return model(*args, **kwargs)
     _refuse_mtp(gpt.config)  # before GPTModel computes its loss
     lent: Any = gpt.output_layer
     layer = copy.copy(lent)  # same weight; without the hooks that the layer's own call has run by then

@@ -21,13 +21,14 @@ def install() -> None:
 
 
 def attend(mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor, layer_name: Any) -> None:
-    """Fill `core_attn_out` [tokens, heads, d_v], and move the states of all running sequences on by their tokens.
+    """Fill `core_attn_out` [tokens, heads, d_v], and advance the states of all running sequences.
 
     A layer keeps two states a sequence, which begin at 0: the last inputs of its convolution, and the recurrence's.
 
     Args:
         mixed_qkv: inputs of the convolution [tokens, d]; sequences lie one behind the other.
         b, a: gates before their activations [tokens, heads].
+        layer_name: vLLM's name of the layer.
     """
     from vllm.forward_context import get_forward_context
     from vllm.model_executor.layers.mamba.ops.cpu.gdn_attention import _conv_buffer_view, _ssm_state_view
@@ -41,7 +42,8 @@ def attend(mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor, layer
     metadata = metadata[layer.prefix]
     conv_states, states = _conv_buffer_view(layer), _ssm_state_view(layer)
     convolution = layer.conv1d.weight  # [d, 1, width]
-    rates, decays = b.float().sigmoid(), -layer.A_log.exp() * F.softplus(a.float() + layer.dt_bias)
+    assert layer.activation in ("silu", "swish"), layer.activation
+    rates, log_decays = b.float().sigmoid(), -layer.A_log.exp() * F.softplus(a.float() + layer.dt_bias)
     ends = metadata.non_spec_query_start_loc.tolist()
     slots = metadata.non_spec_state_indices_tensor.tolist()
     for i in range(metadata.num_decodes + metadata.num_prefills):
@@ -54,6 +56,6 @@ def attend(mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor, layer
         query, key, value = layer.rearrange_mixed_qkv(convolved)
         repeats = value.shape[2] // query.shape[2]
         query, key = (l2norm(x.float()).repeat_interleave(repeats, 2) for x in (query, key))
-        gates = decays[tokens][None], rates[tokens][None]
+        gates = log_decays[tokens][None], rates[tokens][None]
         out, last = chunk_gated_delta_rule(query, key, value, *gates, initial_state=states[slot][None])
         core_attn_out[tokens], states[slot] = out[0], last[0]

@@ -1,5 +1,5 @@
-"""Starting vLLM in the process of a rank, and loading weights. With `vllm.py` and `vllm_routes.py` all that depends on
-vLLM's version."""
+"""Starting vLLM in the process of a rank, and loading weights. The `vllm*.py` here are all that depends on vLLM's
+version."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def start_vllm(model: ModelConfig, vocab_size: int, config: RolloutConfig, seed:
                 _rotate_in_torch()
             if made.is_hybrid:
                 arguments["enable_prefix_caching"] = False  # vLLM caches no states without chunked prefill
-                vllm_delta_net.install()
+                if made.dtype == torch.float32:
+                    vllm_delta_net.install()
             _rename_shared_memory()
         llm = LLM(**arguments)
     except ValueError as error:

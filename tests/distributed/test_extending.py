@@ -184,7 +184,9 @@ def test_one_stage_at_a_time(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_run_of_several_turns_with_a_tracker(folder: Path) -> None:
     assert len(FILES["turns.yaml"].splitlines()) <= 8
-    done = run(folder, COMMANDS[5])
+    (trackers,) = re.findall(r"journal: {trackers: \[(.*)\]}", FILES["turns.yaml"])
+    every = f"'journal.trackers=[{trackers}, wandb, mlflow]'"
+    done = run(folder, f"export WANDB_MODE=offline MLFLOW_TRACKING_URI=$PWD/mlruns\n{COMMANDS[5]} {every}")
     assert done.returncode == 0, done.stderr
     answers = {row["prompt"]: row["answer"] for row in map(json.loads, FILES["problems.jsonl"].splitlines())}
     said = set[str]()
@@ -202,3 +204,7 @@ def test_a_run_of_several_turns_with_a_tracker(folder: Path) -> None:
     (train,) = [line for line in read_metrics(folder / "runs" / "turns") if line["phase"] == "train"]
     rewards = (folder / "runs" / "turns" / "rewards.txt").read_text().splitlines()
     assert f"1 {train['reward/mean']}" in rewards
+    (logged_by_mlflow,) = (folder / "mlruns").glob("*/*/metrics/reward/mean")
+    assert float(logged_by_mlflow.read_text().splitlines()[0].split()[1]) == pytest.approx(train["reward/mean"])
+    assert list((folder / "runs" / "turns").rglob("run-*.wandb"))
+    assert list((folder / "runs" / "turns").rglob("events.out.tfevents.*"))

@@ -1,9 +1,10 @@
 """Whole runs on files with the demo's model on two ranks: math-verify judges mathematics, the sandbox judges
-programs."""
+programs and runs those that a response calls as its tool."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from demo_run import train_demo
+
+from megatron_aspo.journal.log import read_samples
 
 pytestmark = pytest.mark.engines
 
@@ -83,3 +86,42 @@ def test_a_run_on_programs_that_are_tested(tmp_path: Path) -> None:
         "rollout.max_rounds=1",
     )
     check(records)
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_a_run_on_mathematics_with_a_python_tool(tmp_path: Path) -> None:
+    """Turns end behind their block, the sandbox's output follows, and math-verify judges what the policy wrote."""
+    rows = [
+        {"prompt": f"{a}*{b}=", "answer": f"```python\nprint({a}*{b})\n```\n\\boxed{{{a * b}}}"}
+        for a in range(2, 10)
+        for b in range(2, 10)
+    ]
+    (tmp_path / "products.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = train_demo(
+        tmp_path,
+        "run",
+        {"path": str(tmp_path / "products.jsonl"), "reward": "math", "eval_prompts": 16},
+        "train.steps=2",
+        "warmup.updates=120",
+        "model.max_sequence_length=112",
+        'rollout={environment: python, stop: ["```\\n"], max_turns: 3, max_response_tokens: 96}',
+        "rollout.dynamic_sampling=false",
+        "rollout.prompts_per_step=8",
+        "rollout.responses_per_prompt=4",
+        "train.mini_batch_prompts=4",
+        "train.log_samples=8",
+        "train.log_samples_every=1",
+    )
+    run_blocks, scores = 0, list[float]()
+    for sample in (response for group in read_samples(tmp_path / "run") for response in group["responses"]):
+        pieces = iter(sample["tokens"])
+        parts = [(version, "".join(next(pieces) for _ in range(count))) for version, count in sample["versions"]]
+        for (_, turn), (version, observation) in zip(parts[::2], parts[1::2], strict=False):
+            assert version == -1
+            if product := re.search(r"```python\nprint\((\d)\*(\d)\)\n```\n$", turn):
+                assert observation == f"\n```output\n{int(product[1]) * int(product[2])}\n```\n"
+                run_blocks += 1
+        scores.append(sample["score"])
+    assert run_blocks > 32  # 63 of 64 responses here
+    assert 0 < sum(scores) < len(scores)
+    assert all(record["rollout/turns"] > 1 for record in records if record["phase"] == "train")

@@ -46,9 +46,8 @@ pytestmark = pytest.mark.engines
 # vLLM's attention on a CPU requires a head dimension of at least 32.
 LLAMA = ModelConfig(hidden_size=128, ffn_hidden_size=192, max_sequence_length=64)
 ROLLOUT = RolloutConfig(engine="vllm", max_response_tokens=12, batch_size=64, kv_cache_gb=0.1)
-ATTENTION = ("qwen3-moe", "glm4-moe", "glm4-moe-lite", "deepseek-v3", "kimi-k2")
 DELTA_NETS = ("qwen3-next", "qwen3.5-moe", "qwen3.6-moe")
-EXPERTS = (*ATTENTION, *DELTA_NETS)
+EXPERTS = ("qwen3-moe", "glm4-moe", "glm4-moe-lite", "deepseek-v3", "kimi-k2", *DELTA_NETS)
 LAYOUTS = {
     "alone": (1, ParallelConfig(), 1),
     "dp2": (2, ParallelConfig(), 1),
@@ -252,13 +251,7 @@ def write_for_vllm(name: str, folder: Path) -> None:
         write_model(name, folder, **sizes)
 
 
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("qwen3.5", "qwen3-next", "qwen3.5-moe")]
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["llama-tied", "llama3-rope", "qwen2", "qwen3", "mistral", *ATTENTION, "qwen3.6-moe", *LONG],
-)
+@pytest.mark.parametrize("name", ["llama-tied", "llama3-rope", "qwen2", "qwen3", "mistral", "qwen3.5", *EXPERTS])
 def test_models_of_hugging_face(name: str, tmp_path: Path) -> None:
     write_for_vllm(name, tmp_path / name)
     config = vllm_config(ModelConfig(hf_path=str(tmp_path / name), max_sequence_length=64), temperature=0.7)
@@ -282,8 +275,9 @@ def test_gated_delta_nets_in_tensor_parallel_vllm(tmp_path: Path) -> None:
     model = ModelConfig(hf_path=str(tmp_path / "model"), max_sequence_length=64)
     config = vllm_config(model, ParallelConfig(tensor=2, sequence_parallel=True), temperature=0.7, tensor=2)
     for result in run(2, refit_from_hugging_face, config):
-        assert result["fresh"]["logprob_diff_max"] < 1e-4
-        assert result["refitted"]["logprob_diff_max"] < 1e-4
+        for numbers in (result["fresh"], result["refitted"]):
+            assert numbers["logprob_diff"] < 1e-5
+            assert numbers["logprob_diff_max"] < 1e-4
         assert result["stale"]["logprob_diff"] > 0.1
 
 

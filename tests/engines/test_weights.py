@@ -51,6 +51,7 @@ LAYOUTS = {
     "pp2": ParallelConfig(pipeline=2),
     "tp2-pp2": ParallelConfig(tensor=2, pipeline=2),
     "tp2-sp": ParallelConfig(tensor=2, sequence_parallel=True),
+    "tp2-pp2-sp": ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True),
 }
 EXPERT_LAYOUTS = {
     "ep2": ParallelConfig(expert=2),
@@ -136,8 +137,11 @@ def there_and_back(
 
 
 def held(layout: str) -> list[str]:
-    """Dense models that a layout can hold. Gated delta nets are split with sequence parallelism only."""
+    """Dense models that a layout can hold. Gated delta nets are split with sequence parallelism only, other models are
+    read alike with it."""
     parallel = LAYOUTS[layout]
+    if layout == "tp2-pp2-sp":
+        return ["qwen3.5"]
     return [name for name in DENSE if name != "qwen3.5" or parallel.tensor == 1 or parallel.sequence_parallel]
 
 

@@ -250,6 +250,21 @@ def test_models_without_the_hook_are_refused_by_name(model: Any, given: dict[str
     assert not [layer for layer in model.modules() if "forward" in vars(layer)]  # nothing stays behind
 
 
+class NewModel(OldModel):
+    """A GPTModel of Megatron-Core 0.18 and later."""
+
+    def forward(self, labels: Any = None, output_processor: Any = None, output_processor_context: Any = None) -> Tensor:
+        return torch.ones(B, S)
+
+
+def test_a_model_with_the_hook_takes_no_labels_on_its_last_stage() -> None:
+    model = NewModel()
+    with pytest.raises(ValueError, match="no labels"):
+        megatron_forward(model, labels=torch.ones(B, S), head=megatron_loss_head, context={})
+    model.post_process = False
+    assert megatron_forward(model, labels=torch.ones(B, S), head=megatron_loss_head, context={}).shape == (B, S)
+
+
 def test_labels_by_position_are_refused_and_a_replaced_forward_stays() -> None:
     model = OldModel()
     replaced = model.output_layer.forward = model.output_layer.forward  # as other libraries do

@@ -94,6 +94,16 @@ def test_the_layout_of_the_data(folder: Path) -> None:
     assert shown == {"label": folder.name, "objective": "aspo", "steps": "1 of 1", "groups": [one]}
 
 
+def test_turns_of_the_environment_keep_their_places(folder: Path) -> None:
+    one = group(10)
+    played = response(["a", "b", "c", "d"]) | {"versions": [[4, 1], [-1, 2], [4, 1]]}
+    one["responses"] = [played | {name: [0.8, None, None, 0.8] for name in ("ratio", "weight", "logprob", "entropy")}]
+    (shown,) = load_samples(save(folder, one), 10_000)["groups"][0]["responses"]
+    assert shown["versions"] == [[4, 1], [-1, 2], [4, 1]]
+    assert shown["tokens"] == ["a", "b", "c", "d"]
+    assert shown["ratio"] == shown["entropy"] == [0.8, None, None, 0.8]
+
+
 def test_a_long_run_is_thinned(folder: Path) -> None:
     run = save(folder, *(group(step, number) for step in range(10, 1010, 10) for number in (0, 1)))
     size = len(json.dumps(load_samples(run, 1 << 20)["groups"][0]))

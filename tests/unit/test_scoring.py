@@ -120,6 +120,18 @@ def test_repetition_is_measured_by_the_scorer() -> None:
     assert (sample.repetition, sample.repetition_words) == (1 / 2, pytest.approx(39 / 41))
 
 
+def test_observations_do_not_count_as_repetition() -> None:
+    tokens = np.array([1, 2, 3, 4, 5, 6, 6, 6, 6, 6, 6, 7, 8, 9, 10], np.int32)
+    versions = np.array([3] * 5 + [-1] * 6 + [3] * 4, np.int32)
+    samples = [
+        Sample(Prompt(0, "", (), {}), 0, tokens, "stop", versions=versions),
+        Sample(Prompt(0, "", (), {}), 0, tokens, "stop"),
+    ]
+    with scorer_of(CONFIG, lambda response, row: 0.0) as scorer:
+        scorer.score(samples)
+    assert [sample.repetition for sample in samples] == [0.0, pytest.approx(2 / 12)]
+
+
 @pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such", "json:__doc__", "json:loads"])
 def test_a_function_that_is_not_there(name: str) -> None:
     with pytest.raises(UserError, match=name):
