@@ -32,6 +32,7 @@ from verl.workers.utils.losses import ppo_loss
 FOLDER = Path(__file__).parent
 VECTORS = json.loads((FOLDER.parents[2] / "tests/data/policy_loss_vectors.json").read_text())["cases"]
 README = (FOLDER / "README.md").read_text()
+CONTROLS = ("aspo_unmasked", "no_is_pos", "up", "tis", "no_is", "response_mean_is")
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
@@ -40,7 +41,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the loss as a verl actor does at its start."""
     monkeypatch.syspath_prepend(str(FOLDER))
     sys.modules.pop("verl_aspo", None)
-    core_algos.POLICY_LOSS_REGISTRY.pop("aspo", None)
+    for name in ("aspo", *CONTROLS):
+        core_algos.POLICY_LOSS_REGISTRY.pop(name, None)
     import_external_libs("verl_aspo")
 
 
@@ -84,6 +86,27 @@ def test_verls_registry_gives_the_authors_numbers(case: dict[str, Any], name: st
     signs = [float((mask & has).sum() / mask.sum()) for has in (advantages < 0, advantages > 0)]
     soft = [metrics["actor/soft_clip_fraction_neg"], metrics["actor/soft_clip_fraction_pos"]]
     assert soft == pytest.approx([share * of for share, of in zip(expect["aux"][2:], signs, strict=True)])
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_has_the_librarys_gradient(name: str) -> None:
+    from megatron_aspo.loss import PolicyLossConfig, policy_loss
+
+    rows, gradients = batch(), list[Tensor]()
+    for is_verls in (True, False):
+        leaf = rows["log_probs"].clone().requires_grad_()
+        given = rows["old_log_probs"], leaf, rows["advantages"], rows["response_mask"]
+        if is_verls:
+            loss, _ = core_algos.get_policy_loss_fn(name)(*given, "token-mean", actor(**CLIPS), None)
+        else:
+            config = PolicyLossConfig(objective=name, clip_low=0.1, clip_high=0.3, dual_clip=2.0)
+            out = policy_loss(leaf, given[0], given[2], given[3], config)
+            loss = out.loss_sum / rows["response_mask"].sum()
+        loss.backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients)
 
 
 # --- verl's own step from model output to loss ---

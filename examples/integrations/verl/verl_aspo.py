@@ -1,7 +1,8 @@
-"""ASPO in verl: importing this module registers the policy loss "aspo". See README.md."""
+"""ASPO in verl: importing this module registers the policy loss "aspo", and its controls. See README.md."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ def aspo(
     loss_agg_mode: str = "token-mean",
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
+    objective: str = "aspo",
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of a micro-batch [responses, tokens]: its share of the mean over the global batch, times the
     data-parallel size.
@@ -30,7 +32,7 @@ def aspo(
     summed = loss_agg_mode == "token-sum"
     norm = loss_agg_mode == "seq-mean-token-sum-norm"
     loss = PolicyLossConfig(
-        objective="aspo",
+        objective=objective,
         clip_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
         clip_high=config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
         dual_clip=config.clip_ratio_c,
@@ -47,6 +49,10 @@ def aspo(
         raise ValueError(f"verl gave no size of the global batch for loss_agg_mode={loss_agg_mode} on {ranks} ranks")
     denominator = 1 if summed else out.denominator.clamp(min=1) if of_all_ranks is None else of_all_ranks
     return out.loss_sum / denominator * ranks, _means(out.metrics)
+
+
+for control in ("aspo_unmasked", "no_is_pos", "up", "tis", "no_is", "response_mean_is"):
+    register_policy_loss(control)(partial(aspo, objective=control))
 
 
 def _means(metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
