@@ -47,7 +47,7 @@ def parts(judged: Sequence[Judged], packed: Packed, pictured: bool) -> dict[str,
         "meaning": meaning(judged),
         "demonstration": demonstration(packed.runs),
         "tests": tests_table(judged),
-        "arms": arms_table(judged),
+        "arms": arms_table(judged, packed.runs),
         "origin": origin(packed.runs),
         "missing": "\n".join(f"- {line}" for line in missing) or "Nothing.",
     }

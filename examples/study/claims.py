@@ -103,7 +103,9 @@ class Judged:
         p_sign: p-value of the sign test.
         undefined: seeds that have all runs, and no value: their runs have no reward in common.
         missing: planned runs that are not packed.
+        rates: the learning rate of each arm.
         adjusted: Holm's p-values of the smaller of `p` and `p_opposite`, and of `p_equal`; None outside the family.
+        waits: whether tests of its family lack runs. They count as p = 1, and may lower the adjusted p-values later.
     """
 
     test: Comparison
@@ -118,7 +120,9 @@ class Judged:
     p_sign: float
     undefined: list[int]
     missing: list[Key]
+    rates: dict[str, Rate]
     adjusted: tuple[float, float] | None = None
+    waits: bool = False
 
     @property
     def complete(self) -> bool:
@@ -140,7 +144,8 @@ class Judged:
             return "reproduced" if self.p <= self.p_opposite else "opposite"
         if self.test.claim.expect != "equal" and p_equal is not None and p_equal <= ALPHA:
             return "equal within the margin"
-        return "undecided"
+        own = [self.decisive, *([] if self.test.claim.expect == "equal" or self.p_equal is None else [self.p_equal])]
+        return "waits for the family" if self.waits and min(own) <= ALPHA else "undecided"
 
 
 def load_claims(path: Path = CLAIMS_FILE) -> list[Claim]:
@@ -166,13 +171,19 @@ def comparisons(claims: Sequence[Claim]) -> list[Comparison]:
     ]
 
 
+def rates_of(test: Comparison, runs: Runs, seeds: Sequence[int]) -> dict[str, Rate]:
+    """Return the learning rate of each arm; for "best" those chosen from the seeds that have all runs."""
+    there = [seed for seed in seeds if all(key in runs for key in test.keys(seed))]
+    return {**best_rates(test, runs, there)} if test.lr == "best" else dict.fromkeys(test.claim.arms, test.lr)
+
+
 def contrasts_of(test: Comparison, runs: Runs, seeds: Sequence[int]) -> dict[int, dict[str, Numbers]]:
     """Return, for each seed that has all runs, the metric of every arm: an array over the test's stalenesses.
 
     It is NaN for arms that cannot be compared in this seed.
     """
+    rates = rates_of(test, runs, seeds)
     there = [seed for seed in seeds if all(key in runs for key in test.keys(seed))]
-    rates = best_rates(test, runs, there) if test.lr == "best" else dict.fromkeys(test.claim.arms, test.lr)
     found: dict[int, dict[str, Numbers]] = {}
     for seed in there:
         by_k: list[list[float]] = []
@@ -240,6 +251,7 @@ def judge(test: Comparison, runs: Runs) -> Judged:
         p_sign=float(sign_test(d)) if several else math.nan,
         undefined=[seed for seed in every if seed not in found],
         missing=[key for seed in test.claim.seeds for key in test.keys(seed) if key not in runs],
+        rates=rates_of(test, runs, test.claim.seeds),
     )
 
 
@@ -257,8 +269,9 @@ def judge_all(runs: Runs, claims: Sequence[Claim]) -> list[Judged]:
     family = [i for i, j in enumerate(judged) if j.test.primary]
     decisive = holm([_or_one(judged[i], judged[i].decisive) for i in family])
     equal = holm([_or_one(judged[i], judged[i].p_equal) for i in family])
+    waits = not all(judged[i].complete for i in family)
     for i, *adjusted in zip(family, decisive, equal, strict=True):
-        judged[i] = replace(judged[i], adjusted=(float(adjusted[0]), float(adjusted[1])))
+        judged[i] = replace(judged[i], adjusted=(float(adjusted[0]), float(adjusted[1])), waits=waits)
     return judged
 
 

@@ -28,8 +28,8 @@ from megatron_aspo.journal.log import METRICS_FILE, Record, read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 SUFFIX = ".json.xz"
-LEFT_OUT = ("phase", "time", "mismatch/", "loss/rollout_", "rollout/tokens_per_second", "rollout/repetition_words")
-"""Prefixes of columns that are not kept: times, and the sampler against the trainer, which no claim is about."""
+LEFT_OUT = ("phase", "time", "rollout/tokens_per_second", "rollout/repetition_words")
+"""Prefixes of columns that are not kept: times, and words in a task that has none."""
 
 KEPT = ("time/step", "time/old_logprobs")
 """Columns that are kept though their prefix is left out: the pass that an anchor at the sampler saves."""
