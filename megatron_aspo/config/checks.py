@@ -112,11 +112,11 @@ def config_warnings(config: RunConfig) -> list[str]:
             f"{loss.objective.upper()} is inert: with one optimizer update per rollout batch every importance ratio is "
             f"{is_one}1 and all objectives have the same gradient; {remedy}"
         )
-    rounds = rollout.engine != "megatron" or config.model.num_experts or config.model.hf_path
+    rounds = rollout.engine != "megatron" or config.model.num_experts or config.model.dtype == "bfloat16"
     if anchored and loss.anchor_band is None and rounds:
-        cause = (
-            "in bfloat16, or by other experts" if rollout.engine == "megatron" else f"rollout.engine={rollout.engine}"
-        )
+        cause = "bfloat16, or other experts" if rollout.engine == "megatron" else f"rollout.engine={rollout.engine}"
+        if rollout.engine == "vllm" and config.train.router_replay != "sampler":
+            cause += "; experts differ, too, without train.router_replay=sampler"
         warnings.append(
             f"loss.anchor=rollout takes differences in rounding ({cause}) for moves of the policy, and a token far off "
             "gets a large weight; drop such tokens by loss.anchor_band, such as [0.2, 5]"

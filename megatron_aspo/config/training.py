@@ -36,8 +36,9 @@ class TrainConfig:
     """Largest `|log r|` without a warning on the first mini-batch of a step, where every ratio must be 1; not with
     `loss.anchor=rollout`."""
     mismatch_every: NonNegativeInt = 10
-    """With `loss.anchor=rollout`: steps between passes for old log-probs, from the first step; only `mismatch/*` needs
-    them. 0 is none. With `loss.anchor=trainer` every step has them."""
+    """With `loss.anchor=rollout`: steps between passes for old log-probs, from the first step. Only `mismatch/*` and
+    the parts of the ratio (`loss/rollout_logprob_diff`, `loss/rollout_kl`, `loss/update_logprob_diff`) need them. 0 is
+    none. With `loss.anchor=trainer` every step has them."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass recomputes: "full" whole layers, "selective" the `recompute_modules`."""
     recompute_method: Literal["uniform", "block"] = "uniform"

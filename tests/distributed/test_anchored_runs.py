@@ -162,3 +162,20 @@ def test_one_update_with_older_tokens_moves_by_the_samplers_ratio(
     assert all(record["mismatch/logprob_diff_older"] > 0 for record in mixed)
     assert max(record["mismatch/logprob_diff_older"] for record in mixed) > 1e-3
     assert any(record["loss/ratio_pos"] != 1 for record in mixed)
+
+
+def test_several_updates_on_stale_batches_part_the_ratio_into_both_moves(cache: Path, tmp_path: Path) -> None:
+    """On its first mini-batch a step's ratio is the sampler's difference alone; later updates add their moves."""
+    loss = PolicyLossConfig(anchor="rollout", anchor_band=(0.2, 5.0))
+    config = run_of(tmp_path, cache, "several", loss, steps=4, mini_batch_prompts=2, epochs=2, mismatch_every=1)
+    run(1, train_once, replace(config, rollout=replace(config.rollout, max_staleness=2)))
+    records = train_records(tmp_path / "several")
+    assert [record["rollout/staleness"] for record in records] == [0, 1, 2, 2]
+    for record in records:
+        assert record["loss/log_ratio_max_first"] <= record["mismatch/logprob_diff_max"] + 1e-5
+        assert record["loss/update_logprob_diff"] > 1e-4
+        assert record["loss/log_ratio_max"] >= record["loss/log_ratio_max_first"]
+        # Every token is trained on twice, and the sampler's difference does not depend on the update.
+        assert record["loss/rollout_logprob_diff"] == pytest.approx(record["mismatch/logprob_diff"], rel=1e-5)
+    assert records[0]["mismatch/logprob_diff"] < 1e-5 < records[0]["loss/log_ratio_max"]
+    assert all(record["mismatch/logprob_diff"] > 1e-4 for record in records[1:])

@@ -50,12 +50,14 @@ def config_of(objective: Any, aggregation: Any) -> PolicyLossConfig:
 
 
 CONFIGS = {(o, a): config_of(o, a) for o in get_args(ObjectiveName) for a in get_args(Aggregation)}
-for _i, _objective in enumerate(get_args(ObjectiveName)):  # the sampler as anchor, every other time with a band
+for _i, _objective in enumerate(
+    get_args(ObjectiveName)
+):  # the sampler as anchor; ASPO and half of the others with a band
     CONFIGS[_objective, "anchored"] = replace(
         CONFIGS[_objective, get_args(Aggregation)[_i % 4]],
         rollout_correction="none",
         anchor="rollout",
-        anchor_band=(0.3, 3.5) if _i % 2 else None,
+        anchor_band=(0.3, 3.5) if _i % 2 or _objective == "aspo" else None,
     )
 
 

@@ -201,6 +201,13 @@ def test_what_one_update_makes_inert(path: Path, overrides: str, parts: list[str
         ("rollout.oversample=1.5 loss.anchor=rollout", None),
         ("rollout.engine=vllm loss.anchor=rollout", "such as [0.2, 5]"),
         ("model.num_experts=4 loss.anchor=rollout", "other experts"),
+        ("model.hf_path=x loss.anchor=rollout", None),  # float32 of the training model itself
+        ("model.hf_path=x model.dtype=bfloat16 loss.anchor=rollout", "bfloat16"),
+        ("rollout.engine=vllm loss.anchor=rollout", "experts differ, too, without train.router_replay=sampler"),
+        (
+            "model.hf_path=x rollout.engine=vllm train.router_replay=sampler loss.anchor=rollout",
+            "(rollout.engine=vllm)",
+        ),
         ("model.num_experts=4 loss.anchor=rollout loss.anchor_band=[0.2,5]", None),
         ("rollout.engine=vllm model.dtype=bfloat16 rollout.quantization=fp8 loss.anchor=rollout", "engine=vllm"),
         ("rollout.top_p=0.9 loss.anchor=rollout", "corrects for the wrong policy"),

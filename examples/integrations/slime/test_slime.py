@@ -292,7 +292,12 @@ def test_the_samplers_log_probs(aspo_loss: Callable[..., Any], by_rollout: bool)
     now = torch.cat([one.detach() for one in given["log_probs"]])
     given["rollout_log_probs"] = [one + 0.5 for one in given["log_probs"]]
     reduce = reduction(given["loss_masks"], True)
-    _, log = aspo_loss(arguments(use_rollout_logprobs=by_rollout), given, logits, reduce)
+    loss, log = aspo_loss(arguments(use_rollout_logprobs=by_rollout), given, logits, reduce)
+    old = given["rollout_log_probs" if by_rollout else "log_probs"]
+    same, _ = aspo_loss(arguments(), {**given, "log_probs": old, "rollout_log_probs": None}, logits, reduce)
+    gradients = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (loss, same)]
+    assert gradients[0].abs().max() > 1e-6
+    torch.testing.assert_close(*gradients)
     _, plain = aspo_loss(arguments(), {**given, "rollout_log_probs": None}, logits, reduce)
     shift = reduce(torch.full_like(now, 0.5)).item()
     assert log["ppo_kl"].item() == pytest.approx(plain["ppo_kl"].item() + (shift if by_rollout else 0))
