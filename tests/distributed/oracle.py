@@ -147,23 +147,10 @@ def reference(batch: Batch, config: PolicyLossConfig, dtype: torch.dtype | None 
     logits = hidden.reshape(-1, HIDDEN) @ weight.t()
     if dtype != torch.float64:
         logits = logits.float()
-    log_p = torch.log_softmax(logits / TEMPERATURE, -1)
-    data = {
-        name: values.reshape(-1).to(log_p.dtype) if values.is_floating_point() else values.reshape(-1)
-        for name, values in batch.data.items()
-    }
-    logprobs = log_p.gather(-1, data["targets"][:, None])[:, 0]
-    entropy = -(log_p.exp() * log_p).sum(-1)
-
-    weights, values, scale, denominator = _weights_and_values(logprobs.detach(), entropy.detach(), data, config)
-    d = logprobs - data["ref_logprobs"]
-    kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[config.kl_estimator]
-    rest = config.kl_coef * kl - config.entropy_coef * entropy
-    surrogate = (scale * (-weights * data["advantages"] * logprobs + rest)).sum()
+    surrogate, token_losses, denominator, logprobs, entropy = surrogate_of(logits / TEMPERATURE, batch.data, config)
     surrogate.backward()
     assert base.grad is not None
     assert weight.grad is not None
-    token_losses = scale * (values + rest.detach())
     padded = torch.zeros(PADDED, HIDDEN, dtype=weight.dtype)
     padded[:VOCAB] = weight.grad
     return Reference(
@@ -175,6 +162,26 @@ def reference(batch: Batch, config: PolicyLossConfig, dtype: torch.dtype | None 
         base.grad,
         padded,
     )
+
+
+def surrogate_of(
+    logits: Tensor, data: dict[str, Tensor], config: PolicyLossConfig
+) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+    """The sum whose gradient is the loss's, from logits [T, V] at the policy's temperature; the tokens' losses [T], the
+    denominator, log-probs and entropies [T]. `data` as in `Batch`, of any shape with T slots."""
+    log_p = torch.log_softmax(logits, -1)
+    data = {
+        name: values.reshape(-1).to(log_p.dtype) if values.is_floating_point() else values.reshape(-1)
+        for name, values in data.items()
+    }
+    logprobs = log_p.gather(-1, data["targets"][:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    weights, values, scale, denominator = _weights_and_values(logprobs.detach(), entropy.detach(), data, config)
+    d = logprobs - data["ref_logprobs"]
+    kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[config.kl_estimator]
+    rest = config.kl_coef * kl - config.entropy_coef * entropy
+    surrogate = (scale * (-weights * data["advantages"] * logprobs + rest)).sum()
+    return surrogate, scale * (values + rest.detach()), denominator, logprobs, entropy
 
 
 def _weights_and_values(
