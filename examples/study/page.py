@@ -61,7 +61,7 @@ def verdicts_table(judged: Sequence[Judged]) -> str:
     for (name, ks), row in rows.items():
         claim = next(iter(row.values())).test.claim
         k = f", k = {ks[0]}" if len(claim.k) > 1 else ""
-        cells = [cell(row[lr]) if lr in row else "–" for lr in rates]
+        cells = [cell(row[lr]) if lr in row else "" for lr in rates]
         n = min(len(j.contrasts) for j in row.values())
         lines.append(f"| {name}{k} | {' | '.join(cells)} | {n} of {len(claim.seeds)} |")
     return "\n".join(lines)

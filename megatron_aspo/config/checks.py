@@ -105,8 +105,8 @@ def config_warnings(config: RunConfig) -> list[str]:
         remedy = "lower train.mini_batch_prompts or raise train.epochs"
         if older:
             remedy = f"with {older} set loss.anchor=rollout, whose ratio acts with one update too"
-            if not corrected:
-                remedy += "; without it two of two pilot runs at staleness 4 collapsed (docs/lab/experiments.md)"
+            if runs := {"none": "all 24 runs", "truncate": "18 of 24 runs"}.get(loss.rollout_correction):
+                remedy += f"; without it {runs} of the study on rollouts 1 to 8 steps old collapsed (docs/evidence.md)"
         is_one = "apart from rounding " if anchored else ""
         warnings.append(
             f"{loss.objective.upper()} is inert: with one optimizer update per rollout batch every importance ratio is "
@@ -145,8 +145,8 @@ def config_warnings(config: RunConfig) -> list[str]:
     if setting and not (corrected or anchored or (inert and older)):
         warnings.append(
             f"{setting} trains on responses of other weights than the policy's without a correction "
-            "(loss.rollout_correction=none); truncate or mask weights them by pi_old / pi_rollout, loss.anchor=rollout "
-            "takes the ratio to the sampler"
+            "(loss.rollout_correction=none); loss.anchor=rollout takes the ratio to the sampler, truncate or mask "
+            "weight them by pi_old / pi_rollout"
         )
     return warnings
 

@@ -169,13 +169,17 @@ def test_inert_warning(path: Path, prompts: int, mini: int, epochs: int, updates
         ("loss.objective=dppo_kl", ["DPPO_KL is inert"]),
         (
             "rollout.oversample=2",
-            ["with rollout.oversample=2 set loss.anchor=rollout", "two of two pilot runs at staleness 4 collapsed"],
+            [
+                "with rollout.oversample=2 set loss.anchor=rollout",
+                "all 24 runs of the study on rollouts 1 to 8 steps old collapsed",
+            ],
         ),
         (
             "rollout.engine=vllm rollout.ranks=1 rollout.max_staleness=4",
-            ["with rollout.max_staleness=4 set loss.anchor=rollout", "collapsed (docs/lab/experiments.md)"],
+            ["with rollout.max_staleness=4 set loss.anchor=rollout", "steps old collapsed (docs/evidence.md)"],
         ),
-        ("rollout.oversample=2 loss.rollout_correction=truncate", ["set loss.anchor=rollout, whose ratio acts"]),
+        ("rollout.oversample=2 loss.rollout_correction=truncate", ["18 of 24 runs of the study on", "old collapsed"]),
+        ("rollout.oversample=2 loss.rollout_correction=mask", ["set loss.anchor=rollout, whose ratio acts"]),
         ("loss.anchor=rollout", ["every importance ratio is apart from rounding 1 and", "lower train.mini"]),
         ("rollout.oversample=2 loss.anchor=rollout", []),
     ],
