@@ -93,7 +93,7 @@ test-long: $(STAMP) $(TE)/.installed ## run the tests that take minutes each, wh
 test-all: test test-slow test-long ## run all tests, each once
 
 test-fast: $(STAMP) ## run the single-process part of `make test`
-	$(ON_CPU) $(PYTEST) -m "not distributed and not slow and not engines" $(ARGS)
+	$(ON_CPU) $(PYTEST) -m "not distributed and not slow and not long and not engines" $(ARGS)
 
 test-loss-alone: $(STAMP) ## test the loss with torch alone: torch 2.6.0 on the oldest Python >= 3.10, the locked one on the newest; 4 GB
 	scripts/test_loss_alone.sh

@@ -135,17 +135,21 @@ class Judged:
 
     @property
     def verdict(self) -> str:
-        """One of the four verdicts, or the reason why there is none."""
+        """One of the four verdicts, or the reason why there is none: runs are missing, its own or, where its p-value is
+        at most .05 by itself, others of its family."""
         if self.missing:
             n = len(self.contrasts) + len(self.undefined)
             return f"{n} of {len(self.test.claim.seeds)} seeds" if n else "not yet run"
         p, p_equal = self.adjusted or (self.decisive, self.p_equal)
         if p <= ALPHA:
             return "reproduced" if self.p <= self.p_opposite else "opposite"
-        if self.test.claim.expect != "equal" and p_equal is not None and p_equal <= ALPHA:
+        if self.waits and self.decisive <= ALPHA:
+            return "waits for the family"
+        if self.test.claim.expect == "equal" or self.p_equal is None or p_equal is None:
+            return "undecided"
+        if p_equal <= ALPHA:
             return "equal within the margin"
-        own = [self.decisive, *([] if self.test.claim.expect == "equal" or self.p_equal is None else [self.p_equal])]
-        return "waits for the family" if self.waits and min(own) <= ALPHA else "undecided"
+        return "waits for the family" if self.waits and self.p_equal <= ALPHA else "undecided"
 
 
 def load_claims(path: Path = CLAIMS_FILE) -> list[Claim]:

@@ -75,7 +75,7 @@ def meaning(judged: Iterable[Judged]) -> str:
             k = f" k={j.test.ks[0]}" if any(j.test.ks) else ""
             settings.setdefault(sentence, []).append(rate(j.test.lr).removeprefix("lr ") + k)
     lines = [f"- {sentence[0].upper()}{sentence[1:]} ({', '.join(names)})." for sentence, names in settings.items()]
-    return "\n".join(lines) or "No claim has all its runs yet, so there is no verdict."
+    return "\n".join(lines) or "No verdict yet that means something to a user."
 
 
 def status(judged: Sequence[Judged]) -> str:

@@ -105,8 +105,11 @@ def config_warnings(config: RunConfig) -> list[str]:
         remedy = "lower train.mini_batch_prompts or raise train.epochs"
         if older:
             remedy = f"with {older} set loss.anchor=rollout, whose ratio acts with one update too"
-            if runs := {"none": "all 24 runs", "truncate": "18 of 24 runs"}.get(loss.rollout_correction):
-                remedy += f"; without it {runs} of the study on rollouts 1 to 8 steps old collapsed (docs/evidence.md)"
+            if not loss.corrects_rollout:
+                remedy += "; without it all 24 runs of the study on rollouts 1 to 8 steps old collapsed"
+            elif loss.rollout_correction == "truncate":
+                remedy += "; with truncated weights alone 18 of 24 runs of the study collapsed"
+            remedy += " (docs/evidence.md)" if "collapsed" in remedy else ""
         is_one = "apart from rounding " if anchored else ""
         warnings.append(
             f"{loss.objective.upper()} is inert: with one optimizer update per rollout batch every importance ratio is "
@@ -115,8 +118,8 @@ def config_warnings(config: RunConfig) -> list[str]:
     rounds = rollout.engine != "megatron" or config.model.num_experts or config.model.dtype == "bfloat16"
     if anchored and loss.anchor_band is None and rounds:
         cause = "bfloat16, or other experts" if rollout.engine == "megatron" else f"rollout.engine={rollout.engine}"
-        if rollout.engine == "vllm" and config.train.router_replay != "sampler":
-            cause += "; experts differ, too, without train.router_replay=sampler"
+        if config.model.hf_path and rollout.engine == "vllm" and config.train.router_replay != "sampler":
+            cause += "; a model with experts needs train.router_replay=sampler, too"
         warnings.append(
             f"loss.anchor=rollout takes differences in rounding ({cause}) for moves of the policy, and a token far off "
             "gets a large weight; drop such tokens by loss.anchor_band, such as [0.2, 5]"

@@ -174,8 +174,8 @@ def test_several_updates_on_stale_batches_part_the_ratio_into_both_moves(cache: 
     for record in records:
         assert record["loss/log_ratio_max_first"] <= record["mismatch/logprob_diff_max"] + 1e-5
         assert record["loss/update_logprob_diff"] > 1e-4
-        assert record["loss/log_ratio_max"] >= record["loss/log_ratio_max_first"]
         # Every token is trained on twice, and the sampler's difference does not depend on the update.
         assert record["loss/rollout_logprob_diff"] == pytest.approx(record["mismatch/logprob_diff"], rel=1e-5)
     assert records[0]["mismatch/logprob_diff"] < 1e-5 < records[0]["loss/log_ratio_max"]
+    assert any(record["loss/log_ratio_max"] > record["loss/log_ratio_max_first"] for record in records[1:])
     assert all(record["mismatch/logprob_diff"] > 1e-4 for record in records[1:])

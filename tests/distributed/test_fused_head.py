@@ -50,9 +50,8 @@ def config_of(objective: Any, aggregation: Any) -> PolicyLossConfig:
 
 
 CONFIGS = {(o, a): config_of(o, a) for o in get_args(ObjectiveName) for a in get_args(Aggregation)}
-for _i, _objective in enumerate(
-    get_args(ObjectiveName)
-):  # the sampler as anchor; ASPO and half of the others with a band
+# The sampler as anchor; ASPO and half of the others with a band.
+for _i, _objective in enumerate(get_args(ObjectiveName)):
     CONFIGS[_objective, "anchored"] = replace(
         CONFIGS[_objective, get_args(Aggregation)[_i % 4]],
         rollout_correction="none",

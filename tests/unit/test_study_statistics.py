@@ -193,7 +193,7 @@ def test_family_seldom_has_a_false_verdict() -> None:
         wrong = [is_wrong(j, 0.0 if j.test.claim.metric == "collapse" else null_mean(j.test)) for j in judged]
         false += any(wrong)
         reproduced += any(j.verdict == "reproduced" for j in judged)
-    assert false / STUDIES <= ALPHA + 0.01
+    assert false / STUDIES <= ALPHA + 0.01  # two standard errors
     assert reproduced > 0
 
 
