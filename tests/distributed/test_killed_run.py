@@ -92,7 +92,7 @@ def alive(session: int) -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_and_killed_run_resumes_to_the_bit(tmp_path: Path, start: Start) -> None:
     undisturbed = start("undisturbed")
     _, stderr = undisturbed.communicate(timeout=300)
