@@ -176,9 +176,8 @@ def comparisons(claims: Sequence[Claim]) -> list[Comparison]:
 
 
 def rates_of(test: Comparison, runs: Runs, seeds: Sequence[int]) -> dict[str, Rate]:
-    """Return the learning rate of each arm; for "best" those chosen from the seeds that have all runs."""
-    there = [seed for seed in seeds if all(key in runs for key in test.keys(seed))]
-    return {**best_rates(test, runs, there)} if test.lr == "best" else dict.fromkeys(test.claim.arms, test.lr)
+    """Return the learning rate of each arm; for "best" those chosen from these seeds, which have all runs."""
+    return {**best_rates(test, runs, seeds)} if test.lr == "best" else dict.fromkeys(test.claim.arms, test.lr)
 
 
 def contrasts_of(test: Comparison, runs: Runs, seeds: Sequence[int]) -> dict[int, dict[str, Numbers]]:
@@ -186,8 +185,8 @@ def contrasts_of(test: Comparison, runs: Runs, seeds: Sequence[int]) -> dict[int
 
     It is NaN for arms that cannot be compared in this seed.
     """
-    rates = rates_of(test, runs, seeds)
     there = [seed for seed in seeds if all(key in runs for key in test.keys(seed))]
+    rates = rates_of(test, runs, there)
     found: dict[int, dict[str, Numbers]] = {}
     for seed in there:
         by_k: list[list[float]] = []
@@ -255,7 +254,7 @@ def judge(test: Comparison, runs: Runs) -> Judged:
         p_sign=float(sign_test(d)) if several else math.nan,
         undefined=[seed for seed in every if seed not in found],
         missing=[key for seed in test.claim.seeds for key in test.keys(seed) if key not in runs],
-        rates=rates_of(test, runs, test.claim.seeds),
+        rates=rates_of(test, runs, list(every)),
     )
 
 

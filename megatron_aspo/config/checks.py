@@ -105,11 +105,11 @@ def config_warnings(config: RunConfig) -> list[str]:
         remedy = "lower train.mini_batch_prompts or raise train.epochs"
         if older:
             remedy = f"with {older} set loss.anchor=rollout, whose ratio acts with one update too"
+            runs = "with truncated weights alone 18 of 24" if loss.rollout_correction == "truncate" else ""
             if not loss.corrects_rollout:
-                remedy += "; without it all 24 runs of the study on rollouts 1 to 8 steps old collapsed"
-            elif loss.rollout_correction == "truncate":
-                remedy += "; with truncated weights alone 18 of 24 runs of the study collapsed"
-            remedy += " (docs/evidence.md)" if "collapsed" in remedy else ""
+                runs = "without it all 24"
+            if runs:
+                remedy += f"; {runs} runs of the study on rollouts 1 to 8 steps old collapsed (docs/evidence.md)"
         is_one = "apart from rounding " if anchored else ""
         warnings.append(
             f"{loss.objective.upper()} is inert: with one optimizer update per rollout batch every importance ratio is "
