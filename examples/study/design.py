@@ -205,15 +205,20 @@ def _digest(content: Any) -> str:
 
 
 def faults(key: Key, settings: dict[str, Any], made_under: dict[str, str]) -> Iterator[str]:
-    """Yield why a run does not count: settings that are not the design's, other claims. Pilots are older than both."""
+    """Yield why a run does not count: settings that are not the design's, other claims. Pilots are older than both, and
+    claims are not about a demonstration."""
     run = planned_run(key)
     if run is None:
         yield "the design has no such run"
-    if run is None or key.seed in PILOTS:
+        return
+    block = BLOCKS[run.block]
+    if key.seed in PILOTS and block.seeds is None:
         return
     first = replace(run, seed=1)
-    config = _config(BLOCKS[run.block].config, tuple(first.settings))
-    data, warmup = replace(config.data, seed=key.seed), replace(config.warmup, seed=key.seed)
+    config = _config(block.config, tuple(first.settings))
+    data, warmup = config.data, config.warmup
+    if block.ranks == 1:
+        data, warmup = replace(data, seed=key.seed), replace(warmup, seed=key.seed)
     planned = replace(config, seed=key.seed, data=data, warmup=warmup)
     different = [
         change.replace("(was ", "is planned, the run has ").rstrip(")") for change in changes(settings, planned)
@@ -222,7 +227,7 @@ def faults(key: Key, settings: dict[str, Any], made_under: dict[str, str]) -> It
     now = marks(run)
     if not different and made_under["design"] != now["design"]:
         yield "it was begun under another design or task"
-    if made_under["claims"] != now["claims"]:
+    if block.seeds is None and made_under["claims"] != now["claims"]:
         yield "it was begun under other claims"
 
 

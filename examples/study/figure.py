@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -33,6 +36,7 @@ COLOURS = {  # Okabe and Ito's palette, distinct for colour-blind readers
 }
 METRICS = {"Reward of the samples": "reward/mean", "Entropy, nats a token": "loss/entropy"}
 REPEATS = "Share of retries that repeat an attempt"
+COLUMNS = (*METRICS, REPEATS)
 SYNCHRONOUS, ASYNCHRONOUS = ("grpo", "aspo", "up", "no_is"), ("inert", "tis", "no_is", "grpo", "aspo", "up")
 ROWS = (  # title, block, arms, staleness
     ("Fresh rollouts", "A", SYNCHRONOUS, 0),
@@ -41,7 +45,23 @@ ROWS = (  # title, block, arms, staleness
 SPANS = 30
 """Points of a curve: each is a mean over a thirtieth of the steps."""
 
+CURVES = "Curves"
+"""Name of the text in the picture's file that holds the digest of what it shows."""
+
 Runs = Mapping[Key, Metrics]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of panels: runs by arm and seed, whose planned ones are all there."""
+
+    title: str
+    of_arm: Mapping[str, Mapping[int, Metrics]]
+    seeds: Sequence[int]
+
+    def curves(self, column: str) -> dict[str, Numbers]:
+        """Curves [seeds, points] by arm."""
+        return {arm: np.array([curve(runs[s], column) for s in self.seeds]) for arm, runs in self.of_arm.items()}
 
 
 def curve(run: Metrics, title: str) -> Numbers:
@@ -73,34 +93,49 @@ def bands(curves: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers, Nu
     return found
 
 
-def draw(runs: Runs, path: Path, planned: Iterable[Key]) -> bool:
-    """Write the figure of the rows whose planned runs are all there; False, and no file, if no row is complete."""
-    keys = sorted(planned)
-    rows: list[tuple[str, dict[str, dict[int, Metrics]], list[int]]] = []
+def complete_rows(runs: Runs, planned: Iterable[Key]) -> list[Row]:
+    """Return the rows whose planned runs are all there."""
+    keys, rows = sorted(planned), list[Row]()
     for (title, block, arms, k), lr in product(ROWS, sorted({key.lr for key in keys})):
         of_row = [key for key in keys if (key.block, key.k, key.lr) == (block, k, lr) and key.arm in arms]
         if of_row and all(key in runs for key in of_row):
             seeds = sorted({key.seed for key in of_row})
             of_arm = {arm: {key.seed: runs[key] for key in of_row if key.arm == arm} for arm in arms}
             of_arm = {arm: of_seed for arm, of_seed in of_arm.items() if of_seed}
-            rows.append((f"{title},\nlr {lr:g}, {len(seeds)} seeds", of_arm, seeds))
+            rows.append(Row(f"{title},\nlr {lr:g}, {len(seeds)} seeds", of_arm, seeds))
+    return rows
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """Return a digest of the titles and of all curves, by which a test knows a picture of other runs."""
+    shown = [
+        (r.title, column, arm, c.round(6).tolist())
+        for r in rows
+        for column in COLUMNS
+        for arm, c in r.curves(column).items()
+    ]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+
+
+def draw(runs: Runs, path: Path, planned: Iterable[Key]) -> bool:
+    """Write the figure of the complete rows; False, and no file, if there are none."""
+    rows = complete_rows(runs, planned)
     if not rows:
         path.unlink(missing_ok=True)
         return False
-    columns = [*METRICS, REPEATS]
     figure, axes = plt.subplots(len(rows), 3, figsize=(13, 2.9 * len(rows)), layout="constrained", squeeze=False)
-    for line, (title, of_arm, seeds) in zip(axes, rows, strict=True):
-        for axis, column in zip(line, columns, strict=True):
-            panel(axis, {arm: np.array([curve(r[s], column) for s in seeds]) for arm, r in of_arm.items()}, of_arm)
-        line[0].set_ylabel(title, fontsize=9)
-    for axis, column in zip(axes[0], columns, strict=True):
+    for line, row in zip(axes, rows, strict=True):
+        for axis, column in zip(line, COLUMNS, strict=True):
+            panel(axis, row.curves(column), row.of_arm)
+        line[0].set_ylabel(row.title, fontsize=9)
+    for axis, column in zip(axes[0], COLUMNS, strict=True):
         axis.set_title(column, fontsize=10)
     labels: dict[str, Artist] = {}
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             labels.setdefault(label, handle)
     figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path, dpi=80, metadata={"Software": None})
+    figure.savefig(path, dpi=80, metadata={"Software": None, CURVES: digest(rows)})
     plt.close(figure)
     return True
 

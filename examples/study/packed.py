@@ -31,8 +31,8 @@ SUFFIX = ".json.xz"
 LEFT_OUT = ("phase", "time", "rollout/tokens_per_second", "rollout/repetition_words")
 """Prefixes of columns that are not kept: times, and words in a task that has none."""
 
-KEPT = ("time/step", "time/old_logprobs")
-"""Columns that are kept though their prefix is left out: the pass that an anchor at the sampler saves."""
+KEPT = ("time/step", "time/old_logprobs", "time/mismatch")
+"""Columns kept though their prefix is left out: the pass that an anchor at the sampler saves, or makes to measure."""
 
 SECTIONS = ("seed", "model", "data", "rollout", "loss", "optimizer", "train", "warmup", "eval")
 """Sections of config.yaml that are kept: all that results depend on."""

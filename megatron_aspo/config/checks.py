@@ -124,6 +124,9 @@ def config_warnings(config: RunConfig) -> list[str]:
             f"loss.anchor=rollout takes differences in rounding ({cause}) for moves of the policy, and a token far off "
             "gets a large weight; drop such tokens by loss.anchor_band, such as [0.2, 5]"
         )
+    if config.train.recompute == "none" and config.train.recompute_modules:
+        modules = ", ".join(config.train.recompute_modules)
+        warnings.append(f"train.recompute_modules=[{modules}] does nothing with train.recompute=none; set selective")
     if config.fp8.recipe == "delayed" and not anchored:
         warnings.append(
             "fp8.recipe=delayed takes scales from earlier passes: the passes for old log-probs and updates differ, and "

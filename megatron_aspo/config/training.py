@@ -47,7 +47,7 @@ class TrainConfig:
     recompute_layers: PositiveInt = 1
     """Layers for `recompute_method`."""
     recompute_modules: tuple[RecomputeModule, ...] = ()
-    """With "selective": the parts of a layer to recompute."""
+    """With "selective": the parts of a layer to recompute; none named is core_attn, as in Megatron."""
     release_gradients: bool = False
     """Free the gradient buffers between the updates of two steps, while the rollout engine needs the memory."""
     router_replay: Literal["none", "trainer", "sampler"] = "none"
@@ -62,11 +62,6 @@ class TrainConfig:
     wait_limit_hours: PositiveFloat = 24.0
     """Longest wait for another rank's responses, verdicts or messages. After a minute, then ever more rarely, a line
     names the ranks waited for; at the limit the run ends with exit code 1."""
-
-    def __post_init__(self) -> None:
-        selective, modules = self.recompute == "selective", list(self.recompute_modules)
-        require(selective or not modules, f"recompute_modules={modules} needs recompute=selective")
-        require(not selective or bool(modules), "recompute=selective needs recompute_modules, such as [mlp]")
 
 
 @dataclass(frozen=True, config=SETTINGS)

@@ -155,7 +155,7 @@ class TokenLoss:
         terms = token_terms(self.objective, inputs, config, check_finite)
         if config.anchor_band is not None:
             outside = _outside(ratio, config.anchor_band)
-            kept = {name: getattr(terms, name).masked_fill(outside, 0.0) for name in ("weight", "value")}
+            kept = {name: getattr(terms, name).masked_fill(outside, 0) for name in ("weight", "value", "soft_clipped")}
             terms = replace(terms, **kept)
         return inputs, terms
 

@@ -39,8 +39,9 @@ def build_model(config: RunConfig, vocab_size: int) -> list[DistributedDataParal
         UserError: the vocabulary or shape does not fit `config.parallel` or `config.fp8`; no GPU supports `config.fp8`;
             the folder of weights cannot be read, has an unknown architecture, or a missing or unknown tensor.
     """
-    needs_engine = sorted({"layernorm", "moe_act", "mla_up_proj"}.intersection(config.train.recompute_modules))
-    if needs_engine and importlib.util.find_spec("transformer_engine") is None:
+    train = config.train
+    needs_engine = sorted({"layernorm", "moe_act", "mla_up_proj"}.intersection(train.recompute_modules))
+    if train.recompute == "selective" and needs_engine and importlib.util.find_spec("transformer_engine") is None:
         raise UserError(
             f"train.recompute_modules={needs_engine} needs Transformer Engine in this Megatron-Core, which is not "
             "installed; recompute mlp or moe, or set train.recompute=full"
@@ -200,7 +201,7 @@ def _recompute_settings(train: TrainConfig) -> dict[str, Any]:
         method = {"recompute_method": train.recompute_method, "recompute_num_layers": train.recompute_layers}
         return {"recompute_granularity": "full"} | method
     if train.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": list(train.recompute_modules)}
+        return {"recompute_granularity": "selective", "recompute_modules": list(train.recompute_modules) or ["core_attn"]}
     return {}
 
 

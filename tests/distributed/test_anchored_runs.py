@@ -28,6 +28,7 @@ LAYOUTS = {
     "dp2": ParallelConfig(),
     "tp2-sp": ParallelConfig(tensor=2, sequence_parallel=True),
     "cp2": ParallelConfig(context=2),
+    "pp2": ParallelConfig(pipeline=2),
 }
 ANCHORED = PolicyLossConfig(anchor="rollout", kl_coef=0.05)
 ARMS = {

@@ -120,6 +120,19 @@ def test_a_token_that_became_impossible_is_outside_every_band() -> None:
         assert gradient[0, 1] == -weight * 1.5
 
 
+def test_a_token_outside_the_band_is_not_held_at_the_cap() -> None:
+    batch, cap = make_batch(), PolicyLossConfig(anchor="rollout", anchor_band=(0.25, 4.0))
+    ratio, mask = (batch["logprobs"] - batch["rollout_logprobs"]).exp(), batch["loss_mask"]
+    positive = batch["advantages"] > 0
+    held = torch.where(positive, ratio < 1 / 3, ratio > 3) & mask
+    inside = held & (ratio >= 0.25) & (ratio <= 4)
+    assert 0 < inside.sum() < held.sum()
+    for config, tokens in ((replace(cap, anchor_band=None), held), (cap, inside)):
+        found = numbers(differentiate(batch, config)[0].metrics)
+        for name, of_sign in (("pos", positive), ("neg", ~positive)):
+            assert found[f"soft_clip_fraction_{name}"][0] == (tokens & of_sign).sum()
+
+
 def test_sampler_logprobs_are_required() -> None:
     batch = make_batch() | {"rollout_logprobs": None}
     with pytest.raises(ValueError, match=r"^rollout_logprobs is missing, .* needs it \(anchor=rollout\)$"):

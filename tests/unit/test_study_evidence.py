@@ -19,13 +19,15 @@ import page
 import pytest
 from analysis import evidence, parts
 from claims import Claim, Comparison, comparisons, judge, judge_all, load_claims
-from design import MARKS_FILE, Key, Run, marks, planned_seeds, runs
-from figure import bands, draw
+from design import BLOCKS as DESIGN
+from design import MARKS_FILE, Key, Run, faults, marks, planned_seeds, runs
+from figure import CURVES, bands, complete_rows, digest, draw
 from measures import COLLAPSED, EQUAL_REWARD, MEASURES, entropy_at_equal_reward
 from numpy.typing import ArrayLike
-from packed import RESULTS, SUFFIX, Metrics, load, pack
+from packed import RESULTS, SECTIONS, SUFFIX, Metrics, load, pack
 from page import BEGIN, END, missing_lines
 from paired import interval, two_sided
+from PIL import Image
 from pydantic_core import to_jsonable_python
 
 from megatron_aspo.config.load import load_config
@@ -44,7 +46,11 @@ def test_pages_equal_a_recount_of_the_packed_runs() -> None:
     packed = load()
     judged = judge_all(packed.runs, load_claims())
     assert time.process_time() - started < 60  # of a core, for all 360 runs
-    generated = parts(judged, packed, pictured=(DOCS / "evidence.png").exists())
+    planned = {run.key for block in BLOCKS for run in runs(block, planned_seeds(block))}
+    shown = digest(complete_rows(packed.runs, planned))
+    with Image.open(DOCS / "evidence.png") as picture:
+        assert picture.info[CURVES] == shown, "docs/evidence.png is of other runs: run `make evidence`"
+    generated = parts(judged, packed, pictured=True)
     texts = "".join((DOCS / name).read_text(encoding="utf-8") for name in PAGES)
     for name, part in generated.items():
         assert f"{BEGIN.format(name)}\n\n{part}\n\n{END.format(name)}" in texts, f"{name}: run `make evidence`"
@@ -257,9 +263,25 @@ def test_demonstration_shows_each_run_and_the_pass_that_an_anchor_at_the_sampler
     columns = {"reward/mean": [0.0, 0.1, 0.1, 0.3], "optimizer/grad_norm_max": [1, 9, 2, 1], "time/step": [20.0] * 4}
     made = [metrics({**columns, "loss/entropy": [2.0] * 4}, block="smollm2", arm="aspo", seed=2)]
     made += [metrics({**columns, "time/old_logprobs": [5.0] * 4}, block="smollm2", arm="inert", seed=1)]
+    sampled = [np.nan, np.nan, 6.0, np.nan]
+    made += [metrics({**columns, "time/mismatch": sampled}, block="smollm2", arm="aspo_banded", seed=1)]
     rows = page.demonstration({run.key: run for run in [*made, metrics(columns)]}).splitlines()[2:]
-    assert rows == ["| aspo | 2 | 0 | 0.3 | 2 | 9 | – | 20 |", "| inert | 1 | 0 | 0.3 | – | 9 | 5 | 20 |"]
+    assert rows == [
+        "| aspo | 2 | 0 | 0.3 | 2 | 9 | – | 20 |",
+        "| aspo_banded | 1 | 0 | 0.3 | – | 9 | 1.5 | 20 |",
+        "| inert | 1 | 0 | 0.3 | – | 9 | 5 | 20 |",
+    ]
     assert {run.arm for run in runs("smollm2", planned_seeds("smollm2"))} == {"aspo_banded", "inert"}
+
+
+def test_demonstration_of_other_settings_is_not_shown() -> None:
+    """Its seeds are those of pilots, which count at any number of steps."""
+    run = runs("smollm2", [2])[1]
+    config = load_config(DESIGN["smollm2"].config, run.settings)
+    settings = {name: to_jsonable_python(dataclasses.asdict(config))[name] for name in SECTIONS}
+    assert list(faults(run.key, settings, {**marks(run), "claims": "older"})) == []
+    settings["train"]["steps"] = 5
+    assert list(faults(run.key, settings, marks(run))) == ["train.steps=20 is planned, the run has 5"]
 
 
 def test_damaged_file_is_one_line(packed: Path) -> None:
