@@ -109,7 +109,9 @@ def config_warnings(config: RunConfig) -> list[str]:
             if not loss.corrects_rollout:
                 runs = "without it all 24"
             if runs:
-                remedy += f"; {runs} runs of the study on rollouts 1 to 8 steps old collapsed (docs/evidence.md)"
+                remedy += (
+                    f"; {runs} runs of the study on rollouts 1 to 8 steps old collapsed (lr 5e-4, docs/evidence.md)"
+                )
         is_one = "apart from rounding " if anchored else ""
         warnings.append(
             f"{loss.objective.upper()} is inert: with one optimizer update per rollout batch every importance ratio is "

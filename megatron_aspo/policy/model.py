@@ -201,7 +201,10 @@ def _recompute_settings(train: TrainConfig) -> dict[str, Any]:
         method = {"recompute_method": train.recompute_method, "recompute_num_layers": train.recompute_layers}
         return {"recompute_granularity": "full"} | method
     if train.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": list(train.recompute_modules) or ["core_attn"]}
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(train.recompute_modules) or ["core_attn"],
+        }
     return {}
 
 

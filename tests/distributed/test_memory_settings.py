@@ -48,6 +48,7 @@ CASES: dict[str, tuple[int, RunConfig]] = {
     "recompute all layers": (1, train(recompute="full")),
     "recompute two layers at a time": (1, train(recompute="full", recompute_layers=2)),
     "recompute the first three layers": (1, train(recompute="full", recompute_method="block", recompute_layers=3)),
+    "recompute selectively": (1, train(recompute="selective")),
     "recompute mlp": (1, train(recompute="selective", recompute_modules=("mlp",))),
     "recompute mlp and core_attn": (1, train(recompute="selective", recompute_modules=("mlp", "core_attn"))),
     "release gradients": (1, train(release_gradients=True)),

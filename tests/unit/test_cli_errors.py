@@ -84,12 +84,12 @@ def test_spelling(capsys: pytest.CaptureFixture[str], override: str, hint: str) 
         *("rollout.stop=['']", "optimizer.lr=0", "optimizer.adam_beta2=1", "optimizer.cpu_offload=1.1"),
         *("warmup.wrong_fraction=1", "checkpoint.keep=-1", "data.weight=0"),
         *("data.prompt_template=hello", "reward.max_unjudged=2", "reward.code.memory_mib=63"),
-        *("reward.code={test_seconds: 2, total_seconds: 1}", "cluster.gpu=v100", "train.recompute_modules=[mlp]"),
+        *("reward.code={test_seconds: 2, total_seconds: 1}", "cluster.gpu=v100", "train.recompute_modules=[attention]"),
         # contradictions
         *("data.eval_seed=0", "model.hidden_size=66", "model.hidden_size=60", "parallel.sequence_parallel=true"),
         *("parallel.expert=2", "train.mini_batch_prompts=64", "rollout.max_response_tokens=128", "rollout.top_k=5"),
         *("train.max_tokens_per_micro_batch=64", "rollout.tensor=2", "rollout.ranks=2", "data.eval_path=x"),
-        *("train.recompute=selective", "optimizer={cpu_offload: 1, moments_dtype: bfloat16}", "data.columns={x: y}"),
+        *("optimizer={cpu_offload: 1, moments_dtype: bfloat16}", "data.columns={x: y}"),
         *("parallel.virtual_pipeline=2", "parallel.overlap_param_gather=true", "parallel.moe_dispatcher=flex"),
     ],
 )

@@ -148,6 +148,15 @@ def test_dr_grpo_divides_by_the_longest_response(path: Path) -> None:
     assert RunConfig(name="t", loss=loss, rollout=RolloutConfig(max_response_tokens=24)).loss.norm_length == 24
 
 
+@pytest.mark.parametrize(("recompute", "warned"), [("none", True), ("selective", False), ("full", False)])
+def test_recomputed_modules_without_recomputation(path: Path, recompute: str, warned: bool) -> None:
+    """A recipe's list survives another `train.recompute`, and a list alone is warned of."""
+    settings = ["train.recompute_modules=[mlp,core_attn]", f"train.recompute={recompute}"]
+    told = [line for line in config_warnings(load_config(path, settings)) if "recompute" in line]
+    expected = "train.recompute_modules=[mlp, core_attn] does nothing with train.recompute=none; set selective"
+    assert told == [expected] * warned
+
+
 @pytest.mark.parametrize(
     ("prompts", "mini", "epochs", "updates"), [(32, 8, 3, 12), (10, 4, 1, 3), (8, 8, 1, 1), (8, 8, 2, 2)]
 )
@@ -176,7 +185,7 @@ def test_inert_warning(path: Path, prompts: int, mini: int, epochs: int, updates
         ),
         (
             "rollout.engine=vllm rollout.ranks=1 rollout.max_staleness=4",
-            ["with rollout.max_staleness=4 set loss.anchor=rollout", "steps old collapsed (docs/evidence.md)"],
+            ["with rollout.max_staleness=4 set loss.anchor=rollout", "steps old collapsed (lr 5e-4, docs/evidence.md)"],
         ),
         (
             "rollout.oversample=2 loss.rollout_correction=truncate",

@@ -344,7 +344,6 @@ def test_settings_that_lower_the_memory() -> None:
         ("qwen2_5_72b", ["model.hf_path=Qwen/Qwen9"], "model.hf_path=Qwen/Qwen9"),
         ("deepseek_v3_671b", ["parallel.context=2", "train.max_tokens_per_micro_batch=8192"], "latent attention"),
         ("deepseek_v3_671b", ["rollout.engine=megatron"], "tensor=32"),
-        ("qwen2_5_32b", ["train.recompute_modules=[mlp]"], "recompute=selective"),
         ("qwen2_5_32b", ["cluster.gpu=h300"], "cluster.gpu='h300' "),
         ("qwen2_5_72b", ["fp8.recipe=blockwise"], "128"),
         ("qwen2_5_32b", ["fp8.recipe=delayed", "fp8.bf16_layers_at_end=1"], "bf16"),
