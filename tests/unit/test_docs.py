@@ -17,6 +17,8 @@ from catalogue import catalogue, mentioned
 from megatron_aspo.config.run import RunConfig
 from megatron_aspo.loss import PolicyLossConfig, policy_loss
 from megatron_aspo.loss.objectives import OBJECTIVES
+from megatron_aspo.policy.hf.bridge import ARCHITECTURES
+from megatron_aspo.tools.gpu_check.records import load_checks
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -130,6 +132,33 @@ def test_settings_that_a_page_names_exist(page: Path) -> None:
     files = (".md", ".py", ".yaml", ".jsonl", ".png")
     known = {name[: match.start()] for name in SETTINGS for match in re.finditer(r"\.|$", name)}
     assert sorted({name for name in named if not name.endswith(files)} - known) == []
+
+
+def test_counts_on_the_pages() -> None:
+    counts = {
+        "objectives": len(OBJECTIVES),
+        "architectures": len(ARCHITECTURES),
+        "checks": len({number for check in load_checks() if check.name[0].isdigit() for number in check.numbers}),
+    }
+    pages = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    found = re.findall(rf"(\d+) ({'|'.join(counts)})\b", " ".join(page.read_text(encoding="utf-8") for page in pages))
+    assert {name for _, name in found} == set(counts)
+    assert [(int(n), name) for n, name in found if int(n) != counts[name]] == []
+
+
+def test_lines_of_the_adapters() -> None:
+    folder = ROOT / "examples" / "integrations"
+    sentence = re.search(r"an adapter \(`\*_aspo.py`: (.*?)\)", (folder / "README.md").read_text(encoding="utf-8"))
+    assert sentence is not None
+    printed = {
+        name.lower().replace("-", "_"): int(n)
+        for name, n in re.findall(r"([\w-]+) (\d+)", sentence[1].replace(" lines", ""))
+    }
+    lines = {
+        path.parent.name: len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("*/*_aspo.py")
+    }
+    assert printed == {name: lines[name] for name in printed}
+    assert len(printed) == 5
 
 
 @pytest.mark.parametrize("room", ["benchmarks", "examples", "megatron_aspo", "scripts", "tests"])
