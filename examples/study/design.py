@@ -194,10 +194,15 @@ def planned_seeds(block: str) -> range:
 
 
 def marks(run: Run) -> dict[str, str]:
-    """Return digests of what a run is made under: the claims, and its design (configuration, settings, task)."""
+    """Return digests of what a run is made under: the claims, and its design (configuration, settings, task). Claims
+    and task are the study's, not a demonstration's."""
+    block = BLOCKS[run.block]
+    config: Any = OmegaConf.to_container(OmegaConf.load(block.config))
+    design = [config, run.settings]
+    if block.seeds is not None:
+        return {"claims": "none", "design": _digest(design)}
     task = Path(__file__).with_name("countdown.py").read_text(encoding="utf-8")
-    config: Any = OmegaConf.to_container(OmegaConf.load(BLOCKS[run.block].config))
-    return {"claims": _digest(claims_content()), "design": _digest([config, run.settings, task])}
+    return {"claims": _digest(claims_content()), "design": _digest([*design, task])}
 
 
 def _digest(content: Any) -> str:
@@ -205,8 +210,7 @@ def _digest(content: Any) -> str:
 
 
 def faults(key: Key, settings: dict[str, Any], made_under: dict[str, str]) -> Iterator[str]:
-    """Yield why a run does not count: settings that are not the design's, other claims. Pilots are older than both, and
-    claims are not about a demonstration."""
+    """Yield why a run does not count: settings that are not the design's, other claims. Pilots are older than both."""
     run = planned_run(key)
     if run is None:
         yield "the design has no such run"
@@ -227,7 +231,7 @@ def faults(key: Key, settings: dict[str, Any], made_under: dict[str, str]) -> It
     now = marks(run)
     if not different and made_under["design"] != now["design"]:
         yield "it was begun under another design or task"
-    if block.seeds is None and made_under["claims"] != now["claims"]:
+    if made_under["claims"] != now["claims"]:
         yield "it was begun under other claims"
 
 

@@ -47,7 +47,8 @@ class TrainConfig:
     recompute_layers: PositiveInt = 1
     """Layers for `recompute_method`."""
     recompute_modules: tuple[RecomputeModule, ...] = ()
-    """With "selective": the parts of a layer to recompute; none named is core_attn, as in Megatron."""
+    """With "selective": the parts of a layer to recompute; none named is core_attn, as in Megatron, which
+    saves little where attention is fused."""
     release_gradients: bool = False
     """Free the gradient buffers between the updates of two steps, while the rollout engine needs the memory."""
     router_replay: Literal["none", "trainer", "sampler"] = "none"

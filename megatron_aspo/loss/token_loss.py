@@ -141,8 +141,8 @@ class TokenLoss:
     def terms(
         self, logprobs: Tensor, entropy: Tensor | None, check_finite: bool = True
     ) -> tuple[TokenInputs, TokenTerms]:
-        """The inputs and the result of the objective, the latter 0 outside the anchor's band; `logprobs` are 0 where
-        masked."""
+        """The inputs and the result of the objective. Outside the anchor's band weight and value are 0 and nothing is
+        held at the cap, while the mask is still told. `logprobs` are 0 where masked."""
         config = self.config
         assert self.entropy_limit is None or entropy is not None  # checked with the tokens
         wide = None if self.entropy_limit is None or entropy is None else entropy > self.entropy_limit

@@ -13,22 +13,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import page
 import pytest
 from analysis import evidence, parts
 from claims import Claim, Comparison, comparisons, judge, judge_all, load_claims
-from design import BLOCKS as DESIGN
-from design import MARKS_FILE, Key, Run, faults, marks, planned_seeds, runs
-from figure import CURVES, bands, complete_rows, digest, draw
+from design import MARKS_FILE, Key, Run, marks, planned_seeds, runs
+from figure import CURVES, complete_rows, digest
 from measures import COLLAPSED, EQUAL_REWARD, MEASURES, entropy_at_equal_reward
-from numpy.typing import ArrayLike
-from packed import RESULTS, SECTIONS, SUFFIX, Metrics, load, pack
+from packed import RESULTS, SUFFIX, Metrics, load, pack
 from page import BEGIN, END, missing_lines
 from paired import interval, two_sided
 from PIL import Image
 from pydantic_core import to_jsonable_python
+from study_metrics import metrics
 
 from megatron_aspo.config.load import load_config
 from megatron_aspo.errors import UserError
@@ -274,16 +272,6 @@ def test_demonstration_shows_each_run_and_the_pass_that_an_anchor_at_the_sampler
     assert {run.arm for run in runs("smollm2", planned_seeds("smollm2"))} == {"aspo_banded", "inert"}
 
 
-def test_demonstration_of_other_settings_is_not_shown() -> None:
-    """Its seeds are those of pilots, which count at any number of steps."""
-    run = runs("smollm2", [2])[1]
-    config = load_config(DESIGN["smollm2"].config, run.settings)
-    settings = {name: to_jsonable_python(dataclasses.asdict(config))[name] for name in SECTIONS}
-    assert list(faults(run.key, settings, {**marks(run), "claims": "older"})) == []
-    settings["train"]["steps"] = 5
-    assert list(faults(run.key, settings, marks(run))) == ["train.steps=20 is planned, the run has 5"]
-
-
 def test_damaged_file_is_one_line(packed: Path) -> None:
     path = packed / "results" / "B" / f"grpo-lr0.00015-k0-seed103{SUFFIX}"
     path.write_bytes(path.read_bytes()[:-20])
@@ -298,15 +286,6 @@ def test_damaged_file_is_one_line(packed: Path) -> None:
 
 
 # Measures
-
-
-def metrics(train: Mapping[str, ArrayLike], evaluation: Mapping[str, float] | None = None, **key: Any) -> Metrics:
-    """A run of three epochs with these columns, the last of which is its last evaluation."""
-    steps = np.size(next(iter(train.values())))
-    identity = {"block": "A", "arm": "aspo", "lr": 1.5e-4, "k": 0, "seed": 101} | key
-    columns = {"step": np.arange(1, steps + 1), **{name: np.array(values) for name, values in train.items()}}
-    last = {name: np.array([0.0, value]) for name, value in (evaluation or {}).items()}
-    return Metrics(Key(**identity), steps, 3, columns, last)
 
 
 def test_windows_and_ratios_of_sums() -> None:
@@ -494,6 +473,27 @@ def test_every_verdict_on_a_primary_claim_needs_holms_p_value(
     assert (page.meaning([waiting]) == page.meaning([])) == (waiting.verdict not in means)
 
 
+@pytest.mark.parametrize(
+    ("expect", "difference", "verdict", "line"),
+    [
+        ("equal", 0.0, "reproduced", "- It matters (1.5e-4, ± 0.03)."),
+        ("equal", 0.2, "opposite", "- It matters (1.5e-4)."),
+        ("higher", 0.2, "reproduced", "- It matters (1.5e-4)."),
+        ("higher", 0.0, "equal within the margin", "- It matters (1.5e-4, ± 0.03)."),
+    ],
+)
+def test_equality_is_said_with_its_margin(expect: Any, difference: float, verdict: str, line: str) -> None:
+    made = study({("aspo", 1.5e-4, 0): 0.5 + difference + NOISE - NOISE.mean(), ("grpo", 1.5e-4, 0): [0.5] * 8})
+    arms, means = {"aspo": 1.0, "grpo": -1.0}, dict.fromkeys(page.VERDICTS, "it matters")
+    claim = Claim("1", "x", "A", arms, "pass@1", expect, [1.5e-4], range(101, 109), margin=0.03, means=means)
+    judged = judge_all(made, [claim])
+    assert judged[0].verdict == verdict
+    assert page.meaning(judged) == line
+    row = page.arms_table(judged, made).splitlines()[2]
+    value = f"{0.5 + difference:.3g}"  # of reward and pass@1
+    assert row == f"| aspo | {value} | {value} | 0 |"
+
+
 def test_equality_of_a_primary_claim_needs_holms_p_value() -> None:
     made = study({("aspo", 1.5e-4, 0): 0.5 + 4 * NOISE, ("grpo", 1.5e-4, 0): [0.5] * 8})
     arms, seeds = {"aspo": 1.0, "grpo": -1.0}, range(101, 109)
@@ -556,36 +556,3 @@ def test_best_rates_and_slopes() -> None:
     stale = study({(arm, 1.5e-4, k): [0.3 + growth[arm] * k] * 3 for arm in arms for k in (1, 4, 8)})
     slope = Claim("x", "x", "A", arms, "pass@1", "higher", [1.5e-4], seeds, k=[1, 4, 8], slope=True)
     assert judge(Comparison(slope, 1.5e-4, (1, 4, 8)), stale).mean == pytest.approx(0.01)
-
-
-# Figure
-
-
-def test_bands_exclude_what_runs_of_a_seed_share() -> None:
-    """With two arms the band is that of half of their difference, whatever the seeds add to both."""
-    rng = np.random.default_rng(0)
-    difference, shared = rng.normal(0.1, 0.02, (6, 3)), rng.normal(0, 5, (6, 3))
-    found = bands({"a": shared + difference / 2, "b": shared - difference / 2})
-    _, low, high = interval(difference.T)
-    for mean, lower, upper in found.values():
-        assert upper - lower == pytest.approx((high - low) / 2 * 2**0.5)
-        assert upper - mean == pytest.approx(mean - lower)
-
-
-def test_figure_shows_rows_only_with_all_planned_runs(tmp_path: Path) -> None:
-    names = ("reward/mean", "loss/entropy", "rollout/repeats", "rollout/retries")
-    columns = {name: np.linspace(0.1, 0.5, 60) for name in names}
-    seeds = (101, 102, 103)
-    fresh = [metrics(columns, arm=arm, seed=seed) for arm in ("grpo", "aspo", "up", "no_is") for seed in seeds]
-    stale = [metrics(columns, block="C", arm=arm, k=4, seed=seed) for arm in ("inert", "grpo") for seed in seeds]
-    planned = [run.key for run in (*fresh, *stale)]
-    picture = tmp_path / "figure.png"
-
-    def height(made: Iterable[Metrics]) -> int:
-        assert draw({run.key: run for run in made}, picture, planned)
-        return plt.imread(picture).shape[0]
-
-    both = height([*fresh, *stale])
-    assert 0.4 * both < height([*fresh, *stale[1:]]) < 0.7 * both  # the lower row has five of six runs, and so is none
-    assert not draw({run.key: run for run in (*fresh[1:], *stale[1:])}, picture, planned)
-    assert not picture.exists()  # nor does an older picture stay

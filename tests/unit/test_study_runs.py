@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -9,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from design import BLOCKS, MARKS_FILE, Block, Run, runs
+from design import BLOCKS, MARKS_FILE, Block, Run, faults, marks, runs
 from measures import MEASURES
-from packed import SUFFIX, load, pack
+from packed import SECTIONS, SUFFIX, load, pack
+from pydantic_core import to_jsonable_python
 from run import check_marks, is_of_the_machine, is_over
 
+from megatron_aspo.config.load import load_config
 from megatron_aspo.errors import RunError, UserError
 
 STUDY = Path(__file__).parents[2] / "examples" / "study"
@@ -75,6 +78,19 @@ def test_run_of_other_claims_is_not_continued(tmp_path: Path, monkeypatch: pytes
     (run.folder / MARKS_FILE).write_text(json.dumps({"claims": "0", "design": "0", "error": None}))
     with pytest.raises(UserError, match=r"was begun under another state of: claims, design; move the folder away"):
         check_marks(run)
+
+
+def test_demonstration_of_other_settings_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its seeds are those of pilots, which count at any number of steps."""
+    run = runs("smollm2", [2])[1]
+    config = load_config(BLOCKS["smollm2"].config, run.settings)
+    settings = {name: to_jsonable_python(dataclasses.asdict(config))[name] for name in SECTIONS}
+    made_under = marks(run)
+    assert made_under["claims"] == "none"  # claims may change between its runs, and so may the study's task
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "another task")
+    assert list(faults(run.key, settings, made_under)) == []
+    settings["train"]["steps"] = 5
+    assert list(faults(run.key, settings, made_under)) == ["train.steps=20 is planned, the run has 5"]
 
 
 def test_errors_of_the_machine_are_no_outcomes() -> None:
