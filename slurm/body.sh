@@ -53,6 +53,8 @@ fi
 
 # --- Environment of the ranks. Variables that are already set win. NCCL_IB_*, *_SOCKET_IFNAME and others are passed on.
 # The node check writes variables that depend on recipe and GPU (OMP_NUM_THREADS, CUDA_DEVICE_MAX_CONNECTIONS) to $LOG_DIR/rank.env.
+# Some tasks of reasoning-gym draw from sets, whose order follows the hash seed.
+export PYTHONHASHSEED=${PYTHONHASHSEED:-0}
 export PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 # Flight recorder: writes the last collectives of every rank to a file after a hang.
@@ -101,6 +103,7 @@ case ${LAUNCHER:=srun} in
       bash -c "$rank" rank "$PYTHON" -m megatron_aspo.commands.train "${SETTINGS[@]}")
     ;;
   torchrun)
+    [[ -z ${SRUN_CPUS_PER_TASK:-} ]] || SRUN_CPUS_PER_TASK=$((SRUN_CPUS_PER_TASK * TASKS_PER_NODE)) # one task has all ranks
     TRAIN=("${STEP[@]}" --ntasks="$NODES" --ntasks-per-node=1 --output="$LOG_DIR/node%n.log"
       bash -c "$agent" agent "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$TASKS_PER_NODE"
       -m megatron_aspo.commands.train "${SETTINGS[@]}")

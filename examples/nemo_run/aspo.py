@@ -27,7 +27,8 @@ PYTHON = os.environ.get("PYTHON", str(ROOT / ".venv/bin/python"))
 # Script of every rank. A Slurm task is one rank; torchrun sets these variables itself.
 RANK_SCRIPT = """\
 set -e
-export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}} {environment}
+export PYTHONUNBUFFERED=1 PYTHONHASHSEED=${{PYTHONHASHSEED:-0}}
+export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}} {environment}
 if [[ -z ${{RANK:-}} ]]; then
   trap "" USR1  # until python listens
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID NODE_RANK=$SLURM_NODEID

@@ -13,6 +13,7 @@ from megatron_aspo.config.import_path import check_signature
 from megatron_aspo.config.run import RunConfig
 from megatron_aspo.data import SourceClass
 from megatron_aspo.errors import UserError
+from megatron_aspo.ranks.gathering import gather_objects
 from megatron_aspo.ranks.process_group import distributed, warn
 from megatron_aspo.ranks.stop_signals import StopSignals
 from megatron_aspo.rewards.scoring import Reward
@@ -73,7 +74,9 @@ def run(
             return True
         for message in config_warnings(config):
             warn(message)
-        return train(config, argv, channel, rollout=rollout, reward=reward, source=prompts, report=report)
+        done = train(config, argv, channel, rollout=rollout, reward=reward, source=prompts, report=report)
+        gather_objects(None)  # srun ends rank 0, which may still upload its log, some time after the first rank's end
+        return done
 
 
 def action(arguments: argparse.Namespace, config: RunConfig) -> int:

@@ -33,6 +33,7 @@ def check_together(config: RunConfig) -> None:
         check_router_replay(config.train, model.num_experts)
         head = model.hidden_size // model.num_attention_heads
         shape = sizes | {"kv_channels": head, "moe_ffn_hidden_size": model.expert_hidden_size}
+        shape["dense_layers"] = 0 if model.num_experts else model.num_layers
         check_fp8_layout(shape, config.fp8, config.parallel, "model.")
     for message in _contradictions(config):
         raise UserError(message)

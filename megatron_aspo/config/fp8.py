@@ -77,20 +77,29 @@ class Fp8Config:
 def check_fp8_layout(sizes: Mapping[str, int], fp8: Fp8Config, parallel: ParallelConfig, prefix: str) -> None:
     """Raise UserError unless every weight matrix of the layers has FP8 products on every rank.
 
-    `sizes` as for `check_layout`, with hidden_size and kv_channels (per head); `prefix` begins names in messages.
+    `sizes` as for `check_layout`, with hidden_size, kv_channels (per head) and dense_layers (without experts); `prefix`
+    begins names in messages.
     """
     if fp8.recipe is None:
         return
-    stage = sizes["num_layers"] // parallel.pipeline
-    for name in ("bf16_layers_at_start", "bf16_layers_at_end"):
+    given = [parallel.first_stage_layers, parallel.last_stage_layers]
+    others = parallel.pipeline - sum(layers is not None for layers in given)
+    even = (sizes["num_layers"] - sum(layers or 0 for layers in given)) // max(1, others)
+    for name, layers in zip(("bf16_layers_at_start", "bf16_layers_at_end"), given, strict=True):
+        stage = even if layers is None else layers
         if getattr(fp8, name) > stage:
             raise UserError(f"fp8.{name}={getattr(fp8, name)} exceeds the {stage} layers of a pipeline stage; lower it")
-    ffn = "moe_ffn_hidden_size" if sizes.get("num_experts") else "ffn_hidden_size"
     head, heads, groups = sizes["kv_channels"], sizes["num_attention_heads"], sizes["num_query_groups"]
     sides = {
         f"{prefix}hidden_size": sizes["hidden_size"],
-        f"{prefix}{ffn} / parallel.tensor": sizes[ffn] // parallel.tensor,
     }
+    if sizes["dense_layers"]:
+        sides[f"{prefix}ffn_hidden_size / parallel.tensor"] = sizes["ffn_hidden_size"] // parallel.tensor
+    if sizes.get("num_experts"):
+        shared = sizes.get("shared_expert_size", 0)
+        sides[f"{prefix}shared_expert_size / parallel.tensor"] = shared // parallel.tensor
+        experts = sizes["moe_ffn_hidden_size"] // parallel.expert_tensor_size
+        sides[f"{prefix}moe_ffn_hidden_size / parallel.expert_tensor"] = experts
     if "kv_lora_rank" not in sizes:  # latent attention has other products
         sides |= {
             "the heads' width / parallel.tensor": heads * head // parallel.tensor,

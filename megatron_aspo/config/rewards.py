@@ -20,9 +20,9 @@ class _Workers:
 
     @property
     def processes(self) -> int:
-        """Worker processes of this rank."""
+        """Worker processes of this rank. Slurm may have bound it to its share of the cores already."""
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return self.workers or max(1, len(os.sched_getaffinity(0)) // ranks)
+        return self.workers or max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // ranks))
 
 
 @dataclass(frozen=True, config=SETTINGS)

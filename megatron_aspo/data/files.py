@@ -22,6 +22,7 @@ from megatron_aspo.config.data import SourceConfig
 from megatron_aspo.data.problem import Problem
 from megatron_aspo.errors import UserError
 from megatron_aspo.journal.files import write_atomically
+from megatron_aspo.rewards.mathematics.verifier import text_of
 from megatron_aspo.rewards.programs.problems import CodeProblem
 
 _Role = Literal["prompt", "answer", "data_source"]
@@ -35,7 +36,7 @@ the usual benchmarks."""
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 
-_FORMAT = 3
+_FORMAT = 4
 """Version of the cached rows' format, a part of the cache's key."""
 
 _ROWS_PER_BATCH = 8192
@@ -86,7 +87,8 @@ class FileSource:
 def open_table(config: SourceConfig, pattern: str, cache_dir: Path) -> pa.Table:
     """The problems of files, mapped into memory: one column `row` of JSON.
 
-    Files that are not in the cache are read and checked. Other processes that open the same files wait for it.
+    Files that are not in the cache are read and checked. Other processes that open the same files wait for it. A
+    damaged file of the cache is made anew.
     """
     files = find_files(pattern)
     key = [_FORMAT, sorted(config.columns.items()), config.verifier, *map(file_mark, files)]
@@ -95,12 +97,24 @@ def open_table(config: SourceConfig, pattern: str, cache_dir: Path) -> pa.Table:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with open(cached.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not cached.exists():
-                with write_atomically(cached) as partial:
-                    _convert(files, config, partial)
+            if table := _mapped(cached):
+                return table
+            # Some shared file systems lock within a host only. Hosts that write at once each publish a whole file.
+            own = cached.with_name(f"{cached.stem}-{os.uname().nodename}-{os.getpid()}{cached.suffix}")
+            with write_atomically(own) as partial:
+                _convert(files, config, partial)
+            os.replace(own, cached)
         return pa.ipc.open_file(pa.memory_map(str(cached))).read_all()
     except OSError as error:  # of the cache; `read_rows` reports those of the files
         raise UserError(f"data.cache_dir={cache_dir} cannot be used: {error}; choose another") from None
+
+
+def _mapped(cached: Path) -> pa.Table | None:
+    """The table in a file of the cache; None if there is none, or it is not whole."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(cached))).read_all()
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
 
 
 def file_mark(file: Path) -> list[str | int]:
@@ -175,6 +189,11 @@ def problem_of(row: Any, config: SourceConfig, where: str) -> _Row:
     if config.verifier == "math":
         answer = _accepted(answer)
         _checked(_ANSWER, answer, f"{where}: {column}", "a text, a number or a list of these")
+        try:
+            for item in answer if isinstance(answer, list) else [answer]:
+                text_of(item)
+        except ValueError as error:
+            raise UserError(f"{where}: {column}: {error}") from None
         entry["answer"] = [str(item) for item in answer] if isinstance(answer, list) else str(answer)
     elif config.verifier == "code" and "answer" in config.columns:
         entry["reward_model"] = {"ground_truth": answer}  # where CodeProblem looks for the tests first

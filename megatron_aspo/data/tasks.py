@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import random
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_aspo.config.data import SourceConfig
@@ -18,15 +21,28 @@ class TaskSource:
     """Problems of a task's seeded, random-access stream, or of one such stream for each stage of a curriculum."""
 
     def __init__(self, config: SourceConfig, seed: int) -> None:
+        self._seed = seed
         self._starts = [stage.after for stage in config.curriculum]
         arguments = [config.task_args] + [config.task_args | stage.task_args for stage in config.curriculum]
         self._stages = [_create_dataset(config.task, seed, args) for args in arguments]
 
     def problem(self, position: int) -> Problem:
         stage = self._stages[bisect.bisect_right(self._starts, position)]
-        entry: dict[str, Any] = stage[position % STREAM_SIZE]
+        with _seeded_random(f"{self._seed} {position}"):
+            entry: dict[str, Any] = stage[position % STREAM_SIZE]
         question, metadata = entry["question"], entry["metadata"]
         return Problem(question, {**metadata, "question": question}, entry, metadata["source_dataset"])
+
+
+@contextlib.contextmanager
+def _seeded_random(seed: str) -> Iterator[None]:
+    """Seed the module `random`, from which some tasks draw beside their own generator, and restore it."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _create_dataset(task: str, seed: int, task_args: dict[str, Any]) -> Any:

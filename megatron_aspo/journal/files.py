@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all, and failures to write them in one line.
 
-Content is written to `<name>.partial` beside its final place and renamed when it is complete. A process that is killed
-leaves the `.partial`; the next write replaces it.
+Content is written to `<name>.partial` beside its final place and renamed when it is complete and on the disk: neither a
+killed process nor a host without power leaves half of it under the final name. A process that is killed leaves the
+`.partial`; the next write replaces it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,21 @@ def partial_path(path: Path) -> Path:
 def publish(path: Path) -> None:
     """Rename `partial_path(path)` to `path`, in place of an older file or folder of that name."""
     partial = partial_path(path)
+    for written in (*partial.rglob("*"), partial):
+        sync(written)
     if partial.is_dir():
         remove(path)  # os.replace replaces files, but no folder that has files in it
     os.replace(partial, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the file at `path`, or the folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

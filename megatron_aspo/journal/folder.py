@@ -10,6 +10,7 @@ from typing import Any
 from megatron_aspo.config.load import changes
 from megatron_aspo.config.run import RunConfig
 from megatron_aspo.errors import UserError
+from megatron_aspo.journal.files import PARTIAL_SUFFIX, remove
 
 STEP_PREFIX = "step_"
 META_FILE = "meta.json"
@@ -29,9 +30,21 @@ def checkpoints_folder(config: RunConfig) -> Path:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Return the complete checkpoints under `root`, oldest first, without partial and abandoned ones."""
-    folders = [p for p in root.glob(f"{STEP_PREFIX}*") if step_of(p) >= 0 and (p / META_FILE).is_file()]
+    """Return the complete checkpoints under `root`, oldest first, without partial and abandoned ones, and without those
+    whose `meta.json` is empty: their host went down before it was on the disk."""
+    folders = [p for p in root.glob(f"{STEP_PREFIX}*") if step_of(p) >= 0 and _size(p / META_FILE) > 0]
     return sorted(folders, key=step_of)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+def remove_partial(root: Path) -> None:
+    """Delete the checkpoints under `root` that an earlier attempt did not complete."""
+    for path in root.glob(f"{STEP_PREFIX}*{PARTIAL_SUFFIX}"):
+        if step_of(path.with_suffix("")) >= 0:
+            remove(path)
 
 
 def abandon(root: Path, step: int, kept: Path | None = None) -> list[Path]:

@@ -57,8 +57,14 @@ class Architecture:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes by Megatron's names, with `kv_channels` and `num_experts`."""
+        """Sizes by Megatron's names, with `kv_channels`, `num_experts`, `shared_expert_size`, and the number of
+        `dense_layers`, which have no experts."""
         shape = self.transformer
         head = shape.get("kv_channels") or shape["hidden_size"] // shape["num_attention_heads"]
         integers = {name: size for name, size in shape.items() if isinstance(size, int)}
-        return integers | {"kv_channels": head, "num_experts": self.num_experts}
+        shared = shape.get("moe_shared_expert_intermediate_size") or 0
+        has_experts = shape.get("moe_layer_freq", 1)  # a list by layer, or all layers
+        dense = has_experts.count(0) if isinstance(has_experts, list) else 0
+        dense = dense if self.num_experts else shape["num_layers"]
+        counted = {"num_experts": self.num_experts, "shared_expert_size": shared, "dense_layers": dense}
+        return integers | {"kv_channels": head} | counted

@@ -27,8 +27,9 @@ from megatron_aspo.config.model import ModelConfig
 from megatron_aspo.config.training import CheckpointConfig
 from megatron_aspo.errors import RunError, UserError
 from megatron_aspo.journal.files import fresh_folder, partial_path, publish, writing
-from megatron_aspo.journal.folder import META_FILE, STEP_PREFIX, abandon, list_checkpoints, read_meta
+from megatron_aspo.journal.folder import META_FILE, STEP_PREFIX, abandon, list_checkpoints, read_meta, remove_partial
 from megatron_aspo.policy.background import BackgroundWrite
+from megatron_aspo.policy.optimizer import has_parameters
 from megatron_aspo.policy.saved_batches import save_batches, save_groups
 from megatron_aspo.policy.shard_grid import grid_checks
 from megatron_aspo.policy.trainer import Policy
@@ -60,6 +61,7 @@ class Saver:
     def __init__(self, root: Path, config: CheckpointConfig) -> None:
         self._root, self._config = root, config
         self._pending: BackgroundWrite | None = None
+        self._is_first = True
         self._times: dict[str, float] = {}
 
     def save(
@@ -74,6 +76,9 @@ class Saver:
     ) -> None:
         """Publish the checkpoint before, then write this one as `save` does; return when it is published if `wait`."""
         self._finish()
+        if self._is_first:  # of an attempt that was cut off
+            _on_rank_0(self._root, lambda: remove_partial(self._root))
+        self._is_first = False
         write = _start_save(self._root, step, policy, state, self._config.keep, batches, groups)
         if wait or not self._config.asynchronous:
             write.finish()
@@ -303,12 +308,14 @@ def _load_optimizer(policy: Policy, state: dict[Any, Any]) -> None:
     parameter gets a copy.
 
     With expert parallelism a second optimizer has the experts. Moments are found by the names of their parameters. All
-    groups of parameters share the number of steps.
+    groups of parameters share the number of steps. A pipeline stage without experts has no parameters in the second.
     """
     optimizers = policy.optimizer.chained_optimizers
     saved = state["optimizer"] if "optimizer" in state else state[0]["optimizer"]
     taken = saved["param_groups"][0]["step"]
     for i, optimizer in enumerate(optimizers):
+        if not has_parameters(optimizer):
+            continue
         moments = (state if len(optimizers) == 1 else state[i])["param_state"]
         groups = [group | {"step": taken} for group in optimizer.param_groups]
         optimizer.load_state_dict({"optimizer": {"param_groups": groups}})

@@ -21,7 +21,7 @@ from megatron_aspo.config.model import ModelConfig, ParallelConfig
 from megatron_aspo.config.run import RunConfig
 from megatron_aspo.config.training import TrainConfig
 from megatron_aspo.errors import UserError
-from megatron_aspo.policy import rotary
+from megatron_aspo.policy import rotary, router_replay
 from megatron_aspo.policy.architecture import Architecture
 from megatron_aspo.policy.layer_specs import block_spec, uses_engine
 
@@ -105,6 +105,7 @@ def read_architecture(model: ModelConfig, parallel: ParallelConfig, vocab_size: 
 def build_gpt(config: RunConfig, architecture: Architecture, vocab_size: int) -> list[GPTModel]:
     """This rank's chunks of the model, without the wrappers for training; one without virtual pipeline stages."""
     rotary.install()
+    router_replay.choose_in_one_order()
     transformer = transformer_config(config, architecture)
     chunks = config.parallel.virtual_pipeline
     stages = range(chunks) if chunks > 1 else [None]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_aspo.config.fp8 import Fp8Config
@@ -52,7 +53,10 @@ def build_optimizer(
         ),
         chunks,
     )
+    first, *_ = optimizer.chained_optimizers
     for part in optimizer.chained_optimizers:
+        if not has_parameters(part) and not HAVE_APEX_OR_TE:
+            part.state_dict = partial(_state_without_parameters, part, first)
         part.get_parameter_state_dp_zero = partial(_padded_state, part, part.get_parameter_state_dp_zero)
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -69,6 +73,21 @@ def build_optimizer(
     )
     scheduler.step(1)  # the first update has lr / warm-up updates, not 0
     return optimizer, scheduler
+
+
+def has_parameters(part: Any) -> bool:
+    """Whether one of the optimizer's parts has any on this pipeline stage: the experts' has none where no layer has."""
+    return bool(part.buffers)
+
+
+def _state_without_parameters(part: Any, first: Any) -> dict[str, Any]:
+    """What a part without parameters contributes to a checkpoint: its groups, at the first part's number of updates.
+
+    Megatron-Core 0.19.2 takes the number from the state of each parameter, and fails if there is none.
+    """
+    step = first.state_dict()["optimizer"]["param_groups"][0]["step"]
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in part.param_groups]
+    return {"optimizer": {"param_groups": [group | {"step": step} for group in groups]}}
 
 
 def _padded_state(optimizer: Any, gather: Any, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:

@@ -252,6 +252,12 @@ def once_per_stream[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     return kept
 
 
+def forget_with_streams(function: Any) -> None:
+    """Free a cached function's results, too, when a pass ends: Megatron keeps the rotary angles of 32 lengths."""
+    if function not in _KEPT:
+        _KEPT.append(function)
+
+
 def forget_streams() -> None:
     """Free the results of `once_per_stream`. A pass ends with it."""
     for kept in _KEPT:

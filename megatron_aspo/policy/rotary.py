@@ -9,13 +9,18 @@ from typing import Any
 
 import megatron.core.models.common.embeddings.rope_utils as mcore_rope
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from torch import Tensor
 
-from megatron_aspo.policy.packing import once_per_stream, segment_positions
+from megatron_aspo.policy.packing import forget_with_streams, once_per_stream, segment_positions
 
 
 def install() -> None:
-    """Replace Megatron's function, which copies the segments' lengths to the host twice per call. Idempotent."""
+    """Replace Megatron's function, which copies the segments' lengths to the host twice per call, and free its tables
+    of angles after a pass: lengths differ in almost every micro-batch. Idempotent."""
+    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+        forget_with_streams(embedding.forward)
     setattr(mcore_rope, "_apply_rotary_pos_emb_thd", apply_rotary_thd)  # noqa: B010  (private name)
 
 

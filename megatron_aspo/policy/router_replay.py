@@ -14,11 +14,24 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import megatron.core.transformer.moe.router as mcore_router
 import torch
 from megatron.core.transformer.moe.router_replay import RouterReplayAction
 from torch import Tensor
 
 from megatron_aspo.batch import MicroBatch
+
+
+def choose_in_one_order() -> None:
+    """Let routers sort the chosen experts by score in passes without gradients, too. Idempotent.
+
+    Megatron-Core 0.19.2 sorts them only where gradients are made. Elsewhere the weights of three or more experts are
+    summed in another order, so that old log-probs differ from those of the first update. Nothing in the function needs
+    a gradient of a pass without: its inputs have none.
+    """
+    routing = mcore_router.topk_routing_with_score_function
+    if not hasattr(routing, "__wrapped__"):
+        mcore_router.topk_routing_with_score_function = torch.enable_grad()(routing)
 
 
 class RouterReplay:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_aspo.batch import EVERY_RANK, Batch, Sample
 from megatron_aspo.errors import RunError, UserError
-from megatron_aspo.journal.files import writing
+from megatron_aspo.journal.files import sync, writing
 from megatron_aspo.ranks.exchange import without_arrays
 from megatron_aspo.ranks.gathering import gather_objects
 
@@ -116,6 +116,7 @@ def _write(file: Path, content: Any) -> None:
     data = io.BytesIO()  # on a full disk torch.save would raise RuntimeError
     torch.save(content, data)
     file.write_bytes(data.getvalue())  # getbuffer's view in a traceback crashes Python 3.12's garbage collector
+    sync(file)  # rank 0, which publishes the checkpoint, may be on another host
 
 
 def _read(file: Path) -> Any:

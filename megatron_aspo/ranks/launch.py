@@ -70,6 +70,7 @@ def run_local(
     for rank in range(ranks):
         variables = {
             "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+            "PYTHONHASHSEED": "0",  # some tasks of reasoning-gym draw from sets
             **(environment or {}),
             **os.environ,
             "RANK": str(rank),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from ranks import gradients_of_steps, make_samples, open_policy, refusal, run, run_config, write_weights
 from torch import Tensor
@@ -126,6 +127,23 @@ def test_released_gradients_take_nothing() -> None:
     ((before, released, after),) = run(1, released_bytes, train(release_gradients=True))
     assert before == after > 0
     assert released == 0
+
+
+def kept_rotary_tables(config: RunConfig) -> list[int]:
+    """Megatron's tables of angles after passes over ever more samples, whose longest lengths differ."""
+    cached: Any = RotaryEmbedding.forward
+    counts: list[int] = []
+    with open_policy(config) as policy:
+        samples = sorted(make_samples(), key=lambda sample: sample.length)
+        for count in (1, len(samples) // 2, len(samples)):
+            set_logprobs(policy, [policy.pack(samples[:count])])
+            counts.append(cached.cache_info().currsize)
+        return counts
+
+
+def test_no_pass_leaves_rotary_tables() -> None:
+    (counts,) = run(1, kept_rotary_tables, train())
+    assert counts == [0, 0, 0]
 
 
 def bytes_left_by_an_update(config: RunConfig) -> int:

@@ -73,6 +73,23 @@ def test_replaying_makes_another_update(weights: Path, reference: dict[Any, Any]
         assert abs(free["", loss][0]["log_ratio_max"] / reference["one stream", loss][0]["log_ratio_max"] - 1) > 0.01
 
 
+def largest_first_ratio(config: RunConfig) -> float:
+    with open_policy(config) as policy:
+        batches = policy.pack(make_samples())
+        set_logprobs(policy, [batches])
+        metrics = UpdateMetrics()
+        policy.train_step(batches, PolicyLossConfig(), metrics)
+        return metrics.reduce()["log_ratio_max_first"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_without_replay_the_first_ratio_is_one(recompute: Any) -> None:
+    """Passes with and without gradients sum the weights of eight experts in one order."""
+    model = replace(MODEL, num_experts=16, moe_top_k=8)
+    train = replace(REPLAY, router_replay="none", recompute=recompute)
+    assert run(1, largest_first_ratio, run_config(model=model, train=train)) == [0.0]
+
+
 # --- Expert choices, recorded at the routers ---
 
 

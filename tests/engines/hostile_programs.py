@@ -176,6 +176,11 @@ def check(candidate):
     for n in range(40):
         assert candidate(n) == (n * 7919 + 13) % 1009, n
 """
+LAZY_TEST = """
+def check(candidate):
+    for n, found in enumerate(map(candidate, range(40))):
+        assert found == (n * 7919 + 13) % 1009, n
+"""
 EARNED = "def f(n): return (n * 7919 + 13) % 1009"
 _SEARCH = """
 import gc, sys

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.engines
 CONFIG = CodeRewardConfig(test_seconds=1.0, memory_mib=512, workers=2)
 ONE_WORKER = CodeRewardConfig(test_seconds=1.0, memory_mib=512, workers=1)
 UNIT = CodeProblem.from_row({"test": hostile.TEST, "entry_point": "f"})
+LAZY_UNIT = CodeProblem.from_row({"test": hostile.LAZY_TEST, "entry_point": "f"})
 ESCAPED = CodeProblem.from_row({"inputs": ["a line\n"], "outputs": ["escaped\n"]})
 NEGATE = CodeProblem.from_row({"inputs": ["3", "-4", "0"], "outputs": ["-3\n", "4\n", "0\n"]})
 
@@ -189,6 +190,17 @@ def test_no_program_gets_a_reward_that_it_did_not_earn(either: CodeVerifier) -> 
     verdicts = judge_all(either, UNIT, hostile.FORGERIES | {"honest": hostile.EARNED})
     assert verdicts.pop("honest") == Verdict(1.0, "right")
     assert {name: v for name, v in verdicts.items() if v.score != 0 or v.error} == {}
+
+
+def test_program_cannot_end_a_loop_over_its_tests(verifier: CodeVerifier) -> None:
+    """`map` takes a StopIteration of its function for the end."""
+    programs = {
+        "StopIteration": "def f(n): raise StopIteration",
+        "StopAsyncIteration": "def f(n): raise StopAsyncIteration",
+    }
+    verdicts = judge_all(verifier, LAZY_UNIT, programs | {"honest": hostile.EARNED})
+    assert verdicts.pop("honest") == Verdict(1.0, "right")
+    assert {name: v.score for name, v in verdicts.items()} == dict.fromkeys(programs, 0.0)
 
 
 def test_root_keeps_no_capabilities() -> None:

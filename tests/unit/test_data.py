@@ -1,17 +1,24 @@
 """The stream of training prompts and the held-out set, over the real reasoning-gym; the character tokenizer."""
 
+import os
+import random
 import string
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_aspo.config.data import DataConfig
+from megatron_aspo.config.data import DataConfig, SourceConfig
 from megatron_aspo.data import Problem, PromptStream
+from megatron_aspo.data.tasks import TaskSource
 from megatron_aspo.data.tokenizer import AsciiTokenizer
 from megatron_aspo.errors import UserError
 from megatron_aspo.rewards.reasoning_gym import judge
 
+ROOT = Path(__file__).parents[2]
 TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 ONE_DIGIT = {**TWO_DIGITS, "min_digits": 1, "max_digits": 1}
 
@@ -29,6 +36,40 @@ def test_the_stream_is_the_seeds() -> None:
     assert first.held_out == again.held_out == other.held_out
     assert first.draw(5) != drawn[:5]
     assert len({p.id for p in drawn + first.held_out}) == 20 + 32
+
+
+def test_task_that_draws_from_the_module_random_has_one_problem_for_a_position() -> None:
+    """reasoning-gym's list_functions does; the state of the module is left alone."""
+    config = SourceConfig(task="list_functions")
+    first = [TaskSource(config, 3).problem(i).content for i in range(5)]
+    random.seed(7)
+    state = random.getstate()
+    assert [TaskSource(config, 3).problem(i).content for i in range(5)] == first
+    assert random.getstate() == state
+    assert len(set(first)) == 5
+
+
+SHOW = """
+import sys
+from megatron_aspo.config.data import SourceConfig
+from megatron_aspo.data.tasks import TaskSource
+source = TaskSource(SourceConfig(task=sys.argv[1]), 1)
+print([source.problem(i).content for i in range(8)])
+"""
+RUN = "import sys; from megatron_aspo.ranks.launch import run_local; sys.exit(run_local('show', sys.argv[1:], 2))"
+
+
+@pytest.mark.parametrize("task", ["isomorphic_strings", "ransom_note", "list_functions", "zebra_puzzles"])
+def test_ranks_and_resumed_runs_have_the_same_problems(task: str, tmp_path: Path) -> None:
+    """Some tasks draw from sets, whose order follows the hash seed that `run_local` fixes."""
+    (tmp_path / "show.py").write_text(SHOW)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+    command = [sys.executable, "-c", RUN, task]
+    shown = [subprocess.run(command, env=environment, check=True, capture_output=True, text=True) for _ in range(2)]
+    lines = [line for done in shown for line in done.stdout.splitlines()]
+    assert len(lines) == 4
+    assert len(set(lines)) == 1
 
 
 def test_held_out_problems_never_occur_in_training() -> None:

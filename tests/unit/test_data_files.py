@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import multiprocessing
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_aspo.config.data import CurriculumStage, DataConfig, SourceConfig
-from megatron_aspo.data import PromptStream
+from megatron_aspo.data import PromptStream, files
 from megatron_aspo.data.files import open_table
 from megatron_aspo.data.tokenizer import AsciiTokenizer
 from megatron_aspo.errors import UserError
@@ -213,6 +215,40 @@ def test_several_files_and_folders(tmp_path: Path) -> None:
         assert len({p.text for p in stream(tmp_path, path=path).draw(32)}) == 32
 
 
+def test_a_damaged_file_of_the_cache_is_made_anew(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", DEEPSCALER)
+    config = SourceConfig(path=str(tmp_path / "a.jsonl"), reward="math")
+    rows = open_table(config, config.path, tmp_path / "cache")["row"].to_pylist()
+    (cached,) = (tmp_path / "cache").glob("*.arrow")
+    cached.write_bytes(cached.read_bytes()[:100])
+    assert open_table(config, config.path, tmp_path / "cache")["row"].to_pylist() == rows
+
+
+def test_hosts_that_fill_the_cache_at_once_have_whole_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where locks hold within a host only: both convert the files, and each waits until the other has begun."""
+    write(tmp_path / "a.jsonl", DEEPSCALER)
+    config, both = (
+        SourceConfig(path=str(tmp_path / "a.jsonl"), reward="math"),
+        multiprocessing.get_context("fork").Barrier(2),
+    )
+    convert = files._convert
+
+    def slow(*arguments: Any) -> None:
+        both.wait(30)
+        convert(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(files, "_convert", slow)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        counts = [pool.apply_async(rows_of, (config, tmp_path / "cache")) for _ in range(2)]
+        assert [count.get(60) for count in counts] == [len(DEEPSCALER)] * 2
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
+
+
+def rows_of(config: SourceConfig, cache: Path) -> int:
+    return open_table(config, config.path, cache).num_rows
+
+
 ROWS: list[dict[str, Any]] = [{"prompt": "x", "answer": "1"}] * 16
 
 
@@ -230,6 +266,8 @@ ROWS: list[dict[str, Any]] = [{"prompt": "x", "answer": "1"}] * 16
         ([{"problem": "x", "answer": {"a": 1}}], "line 1: answer is {'a': 1}"),
         ([{"problem": "x", "answer": float("nan")}], "line 1: answer is nan"),
         ([{"problem": "x", "answer": []}], "line 1: answer"),
+        ([{"problem": "x", "answer": "$$"}], r"line 1: answer: answer='\$\$' is empty"),
+        ([{"problem": "x", "answer": ["3", "$$"]}], "line 1: answer: answer=.* is empty"),
         ([], "no rows"),
         ([*ROWS, {"prompt": "x", "answer": None}], r"a\.parquet, row 17: no reward_model"),
         ("PAR1", r"cannot read .*a\.parquet"),

@@ -1,5 +1,7 @@
 """Atomic writes: files and folders appear whole or not at all."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,27 @@ def test_a_left_over_is_no_obstacle(tmp_path: Path, left_over: str) -> None:
         (folder / "new").touch()
     assert [file.name for file in path.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_content_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+
+    def fsync(descriptor: int, fsync: Callable[[int], None] = os.fsync) -> None:
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def replace(source: Path, target: Path, replace: Callable[[Path, Path], None] = os.replace) -> None:
+        done.append(("rename", Path(source).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    with write_atomically(tmp_path / "step_000001") as folder:
+        folder.mkdir()
+        (folder / "meta.json").write_text("{}")
+    assert done == [
+        ("sync", "meta.json"),
+        ("sync", "step_000001.partial"),
+        ("rename", "step_000001.partial"),
+        ("sync", tmp_path.name),
+    ]

@@ -30,7 +30,9 @@ LLAMA = {
     "kv_channels": 128,
     "num_layers": 32,
     "num_experts": 0,
+    "dense_layers": 32,
 }
+EXPERTS = {"num_experts": 8, "moe_ffn_hidden_size": 768, "dense_layers": 0}
 
 
 @pytest.fixture
@@ -99,8 +101,11 @@ def test_what_is_taken(path: Path) -> None:
         ("mxfp8", 16, {"ffn_hidden_size": 11008}, "model.ffn_hidden_size / parallel.tensor is 688"),
         ("current", 16, {"ffn_hidden_size": 11008}, None),
         ("blockwise", 8, {"num_attention_heads": 40, "kv_channels": 64}, "the heads' width / parallel.tensor is 320"),
-        ("blockwise", 8, {"num_experts": 8, "moe_ffn_hidden_size": 768}, "model.moe_ffn_hidden_size / parallel.t"),
-        ("blockwise", 2, {"num_experts": 8, "moe_ffn_hidden_size": 768}, None),
+        ("blockwise", 8, EXPERTS, "model.moe_ffn_hidden_size / parallel.expert_tensor is 96"),
+        ("blockwise", 2, EXPERTS, None),
+        ("blockwise", 2, EXPERTS | {"ffn_hidden_size": 100}, None),  # no layer has it
+        ("blockwise", 1, EXPERTS | {"dense_layers": 1, "ffn_hidden_size": 10944}, "ffn_hidden_size / parallel.tensor"),
+        ("blockwise", 2, EXPERTS | {"shared_expert_size": 1408}, "shared_expert_size / parallel.tensor is 704"),
     ],
 )
 def test_shapes(recipe: Any, tensor: int, changed: dict[str, int], said: str | None) -> None:
@@ -110,6 +115,28 @@ def test_shapes(recipe: Any, tensor: int, changed: dict[str, int], said: str | N
         return
     with pytest.raises(UserError, match=rf"fp8.recipe={recipe} .* {MULTIPLE[recipe]}, .*{re.escape(said)}"):
         check_fp8_layout(*arguments)
+
+
+def test_whole_experts_on_every_rank() -> None:
+    """Qwen3-30B-A3B: 768 is a multiple of 128, a quarter of it is not."""
+    sizes = LLAMA | EXPERTS
+    check_fp8_layout(sizes, Fp8Config(recipe="blockwise"), ParallelConfig(tensor=4, expert_tensor=1), "")
+    with pytest.raises(UserError, match=r"moe_ffn_hidden_size / parallel.expert_tensor is 192"):
+        check_fp8_layout(sizes, Fp8Config(recipe="blockwise"), ParallelConfig(tensor=4), "")
+
+
+@pytest.mark.parametrize(
+    ("first", "at_start", "said"),
+    [(3, 4, "bf16_layers_at_start=4 exceeds the 3 layers"), (3, 3, None), (None, 8, None), (None, 9, "the 8 layers")],
+)
+def test_layers_in_bfloat16_are_on_the_first_stage(first: int | None, at_start: int, said: str | None) -> None:
+    parallel = ParallelConfig(pipeline=4, first_stage_layers=first)
+    fp8 = Fp8Config(recipe="current", bf16_layers_at_start=at_start)
+    if said is None:
+        check_fp8_layout(LLAMA, fp8, parallel, "")
+        return
+    with pytest.raises(UserError, match=said):
+        check_fp8_layout(LLAMA, fp8, parallel, "")
 
 
 @pytest.mark.parametrize(

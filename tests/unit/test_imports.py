@@ -167,6 +167,7 @@ PATCHED = {
     "hf.bridge": {"GLM45Bridge"},
     "layer_specs": {"GatedDeltaNet"},
     "rotary": {"mcore_rope"},
+    "router_replay": {"mcore_router.topk_routing_with_score_function"},
     "shard_grid": {"_internals._find_nd_overlapping_shards"},
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+import megatron_aspo
 from benchmarks.math_rewards import measure
 from megatron_aspo.config.rewards import CodeRewardConfig
 from megatron_aspo.errors import RunError
@@ -153,10 +155,30 @@ def test_settings(section: Any, name: str, value: float) -> None:
         section(**{name: value})
 
 
+def test_judges_have_the_package_of_their_trainer(tmp_path: Path) -> None:
+    """A copy that is not installed, found by the working folder, as in a container with the packages it needs."""
+    copy = tmp_path / "megatron_aspo"
+    shutil.copytree(Path(megatron_aspo.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    worker = copy / "rewards" / "mathematics" / "worker.py"
+    worker.write_text(worker.read_text() + "\nimport os\nos.write(2, b'the copy')\n")
+    use = """
+from megatron_aspo.config.rewards import MathRewardConfig
+from megatron_aspo.rewards.mathematics.verifier import MathVerifier
+with MathVerifier(MathRewardConfig(workers=1)) as verifier:
+    print(verifier.submit(r"\\boxed{x + 1}", "1 + x").result().score)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("1.0\n", "the copy")
+
+
 def test_cores_are_shared_by_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10)))
+    """Whether Slurm binds each rank to its share or all ranks to all cores."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert MathRewardConfig().processes == 2
+    for bound in (10, 2):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=bound: set(range(cores)))
+        assert MathRewardConfig().processes == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert MathRewardConfig().processes == 1
     assert MathRewardConfig(workers=3).processes == 3

@@ -12,7 +12,7 @@ from megatron_aspo.config.data import DataConfig, SourceConfig
 from megatron_aspo.config.run import ClusterConfig, RunConfig
 from megatron_aspo.config.training import CheckpointConfig, OptimizerConfig
 from megatron_aspo.errors import UserError
-from megatron_aspo.journal.folder import changed_settings, find_resume
+from megatron_aspo.journal.folder import changed_settings, find_resume, list_checkpoints, remove_partial, step_of
 
 BEFORE = RunConfig(
     name="first",
@@ -96,3 +96,20 @@ def test_a_checkpoint_without_state_to_resume_from_is_refused(tmp_path: Path, re
     checkpoint = CheckpointConfig(resume=str(folder) if resume == "explicit" else resume)
     with pytest.raises(UserError, match=rf"step_000003 holds no state to resume from.*has no {missing}\)"):
         find_resume(RunConfig(name="run", output_dir=str(tmp_path), checkpoint=checkpoint))
+
+
+def test_checkpoint_with_an_empty_meta_file_is_passed_over(tmp_path: Path) -> None:
+    for step, meta in ((25, '{"step": 25}'), (50, "")):
+        (tmp_path / f"step_{step:06d}").mkdir()
+        (tmp_path / f"step_{step:06d}" / "meta.json").write_text(meta)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [25]
+
+
+def test_partial_checkpoints_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("step_000037.partial", "step_000050", "step_000025.abandoned-1", "step_x.partial", "notes.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    remove_partial(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("notes.partial", "step_000025.abandoned-1", "step_000050", "step_x.partial")
+    ]

@@ -15,8 +15,10 @@ import signal
 import sys
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
+import megatron_aspo
 from megatron_aspo.config.rewards import MathRewardConfig
 from megatron_aspo.errors import RunError
 from megatron_aspo.rewards.processes import JudgePool
@@ -38,6 +40,8 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 type Answer = str | int | float
+
+_PACKAGE = Path(megatron_aspo.__file__).parent
 
 
 class MathVerifier(JudgePool):
@@ -61,7 +65,7 @@ class MathVerifier(JudgePool):
             ValueError: the right answer is empty, or neither text nor a number.
             RunError: (of the future) the processes cannot start.
         """
-        accepted = [_text_of(a) for a in (answer if isinstance(answer, list | tuple) else [answer])]
+        accepted = [text_of(a) for a in (answer if isinstance(answer, list | tuple) else [answer])]
         if not accepted:
             raise ValueError("answer: the list of accepted answers is empty")
         boxed = final_answer(response)
@@ -94,8 +98,10 @@ class MathVerifier(JudgePool):
         return verdict
 
     def _start_worker(self) -> Any:
-        # With the same hash seed everywhere sets have the same order; sympy's steps follow it.
-        process: Any = self.start(self._command, env={**os.environ, "PYTHONHASHSEED": "0"})
+        # With the same hash seed everywhere sets have the same order; sympy's steps follow it. `-P` leaves out the
+        # working folder, where `python -m` has found this package if it is not installed.
+        path = os.pathsep.join([str(_PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        process: Any = self.start(self._command, env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": path})
         try:
             pickle.load(process.stdout)
         except (EOFError, pickle.UnpicklingError):
@@ -121,8 +127,8 @@ def final_answer(response: str) -> str | None:
     return None
 
 
-def _text_of(answer: Answer) -> str:
-    """Raises ValueError for anything that cannot be a right answer."""
+def text_of(answer: Answer) -> str:
+    """Return the text that responses are compared with; ValueError for anything that cannot be a right answer."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError(f"answer={answer!r} must be text, a number or a list of those")
     if isinstance(answer, float) and math.isnan(answer):

@@ -29,6 +29,7 @@ def check_plan(config: RunConfig, shape: Shape, world: int) -> None:
     check_router_replay(config.train, shape.num_experts)
     latent = {"kv_lora_rank": shape.latent.kv_rank} if shape.latent else {}
     fp8_sizes = sizes | latent | {"hidden_size": shape.hidden_size, "kv_channels": shape.head_dim}
+    fp8_sizes["dense_layers"] = shape.dense_layers
     check_fp8_layout(fp8_sizes, config.fp8, config.parallel, what)
     check_world_size(config.parallel, config.rollout, world)
     if config.model.max_sequence_length > shape.max_positions:
