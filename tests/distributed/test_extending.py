@@ -75,7 +75,7 @@ def logged(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", ["my_objectives.py", "my_rewards.py", "problems.jsonl"])
 def test_a_part_is_a_diff_of_twelve_lines(name: str) -> None:
     setting = name.partition(".")[0]
-    (line,) = [line for line in FILES["mine.yaml"].splitlines() if setting in line]
+    (line,) = [line for line in FILES["custom.yaml"].splitlines() if setting in line]
     assert len([line, *filter(None, FILES[name].splitlines())]) <= 12
 
 
@@ -142,7 +142,7 @@ def test_a_run_with_all_of_them(folder: Path) -> None:
     done = run(folder, COMMANDS[1])
     assert done.returncode == 0, done.stderr
     answers = {row["prompt"]: row["answer"] for row in map(json.loads, FILES["problems.jsonl"].splitlines())}
-    samples = logged(folder / "runs" / "mine")
+    samples = logged(folder / "runs" / "custom")
     assert {sample["step"] for sample in samples} == {1, 2}
     assert len(samples) == 2 * 4 * 4
     tokens = 0
@@ -153,7 +153,7 @@ def test_a_run_with_all_of_them(folder: Path) -> None:
             assert weight == pytest.approx(root_weight(ratio, sample["advantage"]), rel=1e-4, abs=1e-6)
             tokens += weight not in (0, 1)
     assert tokens > 0  # weights that only this objective gives
-    step = [line for line in read_metrics(folder / "runs" / "mine") if "loss/log_ratio_max_first" in line][-1]
+    step = [line for line in read_metrics(folder / "runs" / "custom") if "loss/log_ratio_max_first" in line][-1]
     assert step["loss/log_ratio_max_first"] < 1e-5
 
 
@@ -162,7 +162,7 @@ def test_a_run_with_all_of_them(folder: Path) -> None:
 def test_a_run_from_a_program_on_two_ranks(folder: Path) -> None:
     done = run(folder, COMMANDS[3].replace("--nproc", "--standalone --nproc"))  # any free port
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines().count("done") == 2
+    assert done.stdout.count("done") == 2  # ranks end together, so that their lines may mix
     samples = logged(folder / "runs" / "products")
     assert len(samples) == 4 * 4
     for sample in samples:
@@ -206,5 +206,5 @@ def test_a_run_of_several_turns_with_a_tracker(folder: Path) -> None:
     assert f"1 {train['reward/mean']}" in rewards
     (logged_by_mlflow,) = (folder / "mlruns").glob("*/*/metrics/reward/mean")
     assert float(logged_by_mlflow.read_text().splitlines()[0].split()[1]) == pytest.approx(train["reward/mean"])
-    assert list((folder / "runs" / "turns").rglob("run-*.wandb"))
+    assert list((folder / "runs" / "turns").rglob("run-*.wandb")), done.stderr
     assert list((folder / "runs" / "turns").rglob("events.out.tfevents.*"))
