@@ -43,7 +43,7 @@ ROWS = (  # title, block, arms, staleness
     ("Rollouts 4 steps old", "C", ASYNCHRONOUS, 4),
 )
 SPANS = 30
-"""Points of a curve: each is a mean over a thirtieth of the steps."""
+"""Most points of a curve: each is a mean over a thirtieth of the steps. Shorter runs have a point per step."""
 
 CURVES = "Curves"
 """Name of the text in the picture's file that holds the digest of what it shows."""
@@ -73,7 +73,7 @@ def curve(run: Metrics, title: str) -> Numbers:
 
 
 def spans(values: Numbers) -> Numbers:
-    return np.array([part.mean() for part in np.array_split(filled(values), SPANS)])
+    return np.array([part.mean() for part in np.array_split(filled(values), min(SPANS, len(values)))])
 
 
 def bands(curves: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers, Numbers]]:
@@ -142,8 +142,8 @@ def draw(runs: Runs, path: Path, planned: Iterable[Key]) -> bool:
 
 def panel(axis: Axes, curves: Mapping[str, Numbers], of_arm: Mapping[str, Mapping[int, Metrics]]) -> None:
     steps = next(iter(next(iter(of_arm.values())).values())).steps
-    x = (np.arange(SPANS) + 0.5) / SPANS * steps
     for arm, (mean, low, high) in bands(curves).items():
+        x = (np.arange(len(mean)) + 0.5) / len(mean) * steps
         axis.plot(x, mean, color=COLOURS[arm], lw=1.6, label=NAMES[arm])
         axis.fill_between(x, low, high, color=COLOURS[arm], alpha=0.15, lw=0)
     axis.set_xlabel("step", fontsize=9)

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from figure import CURVES, bands, complete_rows, digest, draw
+from figure import CURVES, SPANS, bands, complete_rows, curve, digest, draw
 from packed import Metrics
 from paired import interval
 from PIL import Image
@@ -50,3 +50,9 @@ def test_figure_shows_rows_only_with_all_planned_runs(tmp_path: Path) -> None:
     assert 0.4 * both < height([*fresh, *stale[1:]]) < 0.7 * both  # the lower row has five of six runs, and so is none
     assert not draw({run.key: run for run in (*fresh[1:], *stale[1:])}, picture, planned)
     assert not picture.exists()  # nor does an older picture stay
+
+
+def test_run_shorter_than_the_curve_has_a_point_per_step() -> None:
+    run = metrics({"reward/mean": np.linspace(0.1, 0.5, 20)})
+    assert curve(run, "Reward of the samples") == pytest.approx(np.linspace(0.1, 0.5, 20))
+    assert len(curve(metrics({"reward/mean": np.ones(80)}), "Reward of the samples")) == SPANS
