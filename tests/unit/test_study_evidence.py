@@ -485,7 +485,8 @@ def test_every_verdict_on_a_primary_claim_needs_holms_p_value(
 )
 def test_equality_is_said_with_its_margin(expect: Any, difference: float, verdict: str, line: str) -> None:
     made = study({("aspo", 1.5e-4, 0): 0.5 + difference + NOISE - NOISE.mean(), ("grpo", 1.5e-4, 0): [0.5] * 8})
-    arms, means = {"aspo": 1.0, "grpo": -1.0}, dict.fromkeys(page.VERDICTS, "it matters")
+    arms = {"aspo": 1.0, "grpo": -1.0}
+    means: dict[str, str] = dict.fromkeys(page.VERDICTS, "it matters")
     claim = Claim("1", "x", "A", arms, "pass@1", expect, [1.5e-4], range(101, 109), margin=0.03, means=means)
     judged = judge_all(made, [claim])
     assert judged[0].verdict == verdict
