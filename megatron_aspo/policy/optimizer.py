@@ -81,7 +81,7 @@ def has_parameters(part: Any) -> bool:
 
 
 def _state_without_parameters(part: Any, first: Any) -> dict[str, Any]:
-    """What a part without parameters contributes to a checkpoint: its groups, at the first part's number of updates.
+    """The state, for a checkpoint, of a part without parameters: its groups, at the first part's number of updates.
 
     Megatron-Core 0.19.2 takes the number from the state of each parameter, and fails if there is none.
     """
