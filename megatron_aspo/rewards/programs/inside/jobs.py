@@ -141,9 +141,8 @@ class RemoteProgram:
         kind = getattr(builtins, reply["error"])
         if not issubclass(kind, Exception):
             raise ValueError(f"{kind} is no Exception")
-        if issubclass(
-            kind, (StopIteration, StopAsyncIteration)
-        ):  # would end a loop over the tests as if all had passed
+        if issubclass(kind, (StopIteration, StopAsyncIteration)):
+            # It would end a loop over the tests as if all had passed.
             return RuntimeError(f"the program raised {reply['error']}")
         try:
             return kind(str(reply["message"]))
