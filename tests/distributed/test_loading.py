@@ -54,6 +54,7 @@ class Distributed:
 
     def __init__(self, weights: list[Tensor]) -> None:
         self.params = [OnGpu(weight.clone()) for weight in weights]
+        self.buffers = [self.params]
         groups = [{"params": self.params, "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}]
         self.optimizer = HybridDeviceOptimizer(
             groups,
