@@ -76,8 +76,8 @@ gpu-bare: $(STAMP) ## pack build/gpu-check.zip (6 MB): these checks for a machin
 evidence: $(STAMP) ## recount docs/evidence.md from the packed metrics of the study's runs, seconds
 	$(ON_CPU) $(BIN)/python examples/study/analysis.py evidence
 
-evidence-run: $(STAMP) ## make the study's runs anew in runs/study, many hours on two cores; it can be stopped and started again
-	$(ON_CPU) $(BIN)/python examples/study/run.py A B C; status=$$?; \
+evidence-run: smollm2 ## make the study's runs anew in runs/study, many hours on two cores; it can be stopped and started again
+	$(ON_CPU) $(BIN)/python examples/study/run.py A B C smollm2; status=$$?; \
 	  $(BIN)/python examples/study/analysis.py pack --results runs/study/results && \
 	  $(BIN)/python examples/study/analysis.py evidence --results runs/study/results && exit $$status
 

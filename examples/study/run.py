@@ -4,7 +4,7 @@
 
 It can be stopped and started again: complete runs stay, the others continue from their last checkpoint. With
 `--unpacked` another machine goes on where the packed runs in examples/study/results end: with whole seeds of a block,
-because runs that are compared need one warm start. A worker takes all runs of a seed, the first of which makes it.
+because runs that are compared need one warm start. A seed's runs follow each other; the first makes the warm start.
 
 Every run is a training run of the package with the settings of design.py. A run that an error ends after its first step
 is an outcome: the error is recorded, the other runs go on. Errors of the machine (a full disk, a signal) are none, and
@@ -100,7 +100,8 @@ def train(run: Run) -> None:
 
 
 def make(missing: list[Run], workers: int) -> list[str]:
-    """Make the runs, each in a process of its own. Return a line for each that failed; the others go on."""
+    """Make the runs, `workers` ranks at a time, each run in a process of its own, those of fewest ranks first. Return a
+    line for each that failed; the others go on."""
     # Runs are forks of a process that has imported everything, which takes some seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_aspo.commands.train", "tensorboard.summary.writer.event_file_writer"])
@@ -118,9 +119,15 @@ def make(missing: list[Run], workers: int) -> list[str]:
     def in_turn(of_seed: list[Run]) -> list[str]:
         return [failure for run in of_seed if (failure := one(run))]
 
-    by_seed = [list(group) for _, group in itertools.groupby(missing, key=lambda run: (run.block, run.seed))]
-    with ThreadPoolExecutor(workers) as pool:
-        return [failure for failures in pool.map(in_turn, by_seed) for failure in failures]
+    def ranks_of(run: Run) -> int:
+        return BLOCKS[run.block].ranks
+
+    failures: list[str] = []
+    for ranks, alike in itertools.groupby(sorted(missing, key=ranks_of), key=ranks_of):
+        by_seed = [list(group) for _, group in itertools.groupby(alike, key=lambda run: (run.block, run.seed))]
+        with ThreadPoolExecutor(max(workers // ranks, 1)) as pool:
+            failures += itertools.chain.from_iterable(pool.map(in_turn, by_seed))
+    return failures
 
 
 def main() -> None:
@@ -131,7 +138,7 @@ def main() -> None:
     parser.add_argument("--lr", nargs="+", type=float, help="by default the block's")
     parser.add_argument("--k", nargs="+", type=int, help="stalenesses, by default the block's")
     parser.add_argument("--unpacked", action="store_true", help="only seeds that lack a packed run in the block")
-    parser.add_argument("--workers", type=int, default=2, help="seeds at a time")
+    parser.add_argument("--workers", type=int, default=2, help="ranks at a time")
     parser.add_argument("--dry-run", action="store_true", help="list the runs that are missing")
     arguments = parser.parse_args()
     first, _, last = (arguments.seeds or "").partition("-")

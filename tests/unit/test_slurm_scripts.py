@@ -74,6 +74,33 @@ def test_torchrun() -> None:
     assert train[train.index("--nproc-per-node") + 1] == "8"
 
 
+@pytest.mark.parametrize(("launcher", "cores"), [("srun", 12), ("torchrun", 96)])
+def test_the_steps_of_a_job_get_the_nodes_cores_and_a_hash_seed(launcher: str, cores: int, tmp_path: Path) -> None:
+    """A node has 96 cores and eight ranks, which torchrun starts within one task. Slurm's programs only write down how
+    they are called, and the node check's file is there already."""
+    recorder = "#!/bin/bash\n" + 'echo "$SRUN_CPUS_PER_TASK $PYTHONHASHSEED" >>"$CALLS"\n'
+    programs = {"srun": recorder, "scontrol": "#!/bin/bash\necho node0\n", "squeue": "#!/bin/bash\n"}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    logs = tmp_path / "runs" / "mine" / "logs" / "7-0"
+    logs.mkdir(parents=True)
+    (logs / "rank.env").touch()
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"},
+        **{"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "HF_HOME": str(tmp_path)},
+        **{"SLURM_JOB_ID": "7", "SLURM_NNODES": "4", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_ON_NODE": "96"},
+        **{"SLURM_JOB_NODELIST": "node[0-3]", "SLURM_SUBMIT_DIR": str(ROOT)},
+    }
+    words = ["name=mine", f"output_dir={tmp_path}/runs", f"LAUNCHER={launcher}"]
+    command = ["bash", "slurm/aspo_32b.sh", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "trained to the end" in done.stdout
+    _, training = (tmp_path / "calls").read_text().splitlines()
+    assert training == f"{cores} 0"
+
+
 @pytest.mark.parametrize("path", ["slurm/body.sh", "examples/nemo_run/aspo.py"])
 def test_the_master_port_is_none_that_linux_hands_out(path: str) -> None:
     """Linux uses ports 32768 to 60999 for outgoing connections, and reserves those below 1024."""

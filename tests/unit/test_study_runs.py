@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import multiprocessing.dummy
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from design import BLOCKS, MARKS_FILE, Block, Run, faults, marks, runs
 from measures import MEASURES
 from packed import SECTIONS, SUFFIX, load, pack
 from pydantic_core import to_jsonable_python
-from run import check_marks, is_of_the_machine, is_over
+from run import check_marks, is_of_the_machine, is_over, make
 
 from megatron_aspo.config.load import load_config
 from megatron_aspo.errors import RunError, UserError
@@ -91,6 +95,33 @@ def test_demonstration_of_other_settings_is_not_shown(monkeypatch: pytest.Monkey
     assert list(faults(run.key, settings, made_under)) == []
     settings["train"]["steps"] = 5
     assert list(faults(run.key, settings, made_under)) == ["train.steps=20 is planned, the run has 5"]
+
+
+def test_all_runs_are_made_anew_with_at_most_the_given_number_of_ranks_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make evidence-run` names every block that the page shows, the demonstration of two ranks a run included."""
+    makefile = (STUDY.parents[1] / "Makefile").read_text(encoding="utf-8")
+    (blocks,) = re.findall(r"study/run\.py (.*?);", makefile)
+    assert blocks.split() == list(BLOCKS)
+    journal = tmp_path / "journal"
+
+    def write_down(run: Run) -> None:
+        with journal.open("a") as file:
+            file.write(f"{BLOCKS[run.block].ranks}\n")
+        time.sleep(0.3)
+        with journal.open("a") as file:
+            file.write(f"-{BLOCKS[run.block].ranks}\n")
+
+    threads = SimpleNamespace(Process=multiprocessing.dummy.Process, set_forkserver_preload=lambda _: None)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: threads)
+    monkeypatch.setattr("run.train", write_down)
+    monkeypatch.setattr("design.FOLDER", tmp_path)
+    chosen = [*runs("smollm2", [1, 2]), *runs("B", [101, 102])]
+    assert make(chosen, 2) == []
+    at_once = list(itertools.accumulate(int(line) for line in journal.read_text().splitlines()))
+    assert len(at_once) == 2 * len(chosen)
+    assert max(at_once) == 2
 
 
 def test_errors_of_the_machine_are_no_outcomes() -> None:
