@@ -16,7 +16,9 @@ end() { # EXIT_CODE MESSAGE
 # --- Arguments.
 KNOWN="RECIPE CONTAINER CONTAINER_MOUNTS PYTHON LAUNCHER MAX_RESTARTS MAX_CRASHES NODE_CHECK SLURM_WAIT OFFLINE DRY_RUN"
 sbatch_line() { sed -n "s/^#SBATCH --$1=//p" "$0"; } # default for a dry run, which has no Slurm variables
-ARGS=() NAME=${SLURM_JOB_NAME:-$(sbatch_line job-name)} OUTPUT_DIR=runs
+JOB_NAME=${SLURM_JOB_NAME:-$(sbatch_line job-name)}
+ARGS=() NAME='' OUTPUT_DIR=runs
+[[ $JOB_NAME == "$(sbatch_line job-name)" ]] || NAME=$JOB_NAME
 for word in "$@"; do
   case $word in
     -*) end 2 "$word: sbatch's flags go before the script's name" ;;
@@ -38,6 +40,9 @@ if [[ ! -f $RECIPE ]]; then
   [[ -f examples/$RECIPE.yaml ]] || end 2 "RECIPE=$RECIPE is neither a file nor one of ${there[*]%.yaml}"
   RECIPE=examples/$RECIPE.yaml
 fi
+# Each recipe has its own run folder, in which the commands that take the recipe find it.
+[[ -n $NAME ]] || NAME=$(sed -n "s/^name: *[\"']\?\([^\"' #]*\).*/\1/p" "$RECIPE")
+[[ -n $NAME ]] || NAME=$(basename "$RECIPE" .yaml)
 RUN_DIR=$(realpath -m "$OUTPUT_DIR/$NAME")
 LOG_DIR=$RUN_DIR/logs/$JOB-$ATTEMPT
 MAX_RESTARTS=${MAX_RESTARTS:-20} MAX_CRASHES=${MAX_CRASHES:-3} SLURM_WAIT=${SLURM_WAIT:-120} CONTAINER=${CONTAINER:-}

@@ -48,11 +48,35 @@ def test_the_commands(script: str) -> None:
     nodes = SCRIPTS[script]
     assert {f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"} <= set(check)
     assert {f"--nodes={nodes}", f"--ntasks={8 * nodes}", "--ntasks-per-node=8"} <= set(train)
-    name = script.replace("_", "-")
+    (recipe,) = re.findall(r"^RECIPE=.*:-(\w+)", (ROOT / f"slurm/{script}.sh").read_text(), re.MULTILINE)
+    name = load_config(ROOT / f"examples/{recipe}.yaml").name
     assert train[-4:] == [f"name={name}", "output_dir=runs", "checkpoint.resume=auto", "loss.clip_high=0.28"]
     assert f"--output={ROOT}/runs/{name}/logs/0-0/node%n-rank%t.log" in train
     assert not any("container" in word for word in train)
     assert "secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "job_name", "name"),
+    [
+        ([], "aspo-32b", "qwen2_5_32b"),
+        (["RECIPE=tiny"], "aspo-32b", "tiny"),  # a smoke test and the run after it have two folders
+        (["RECIPE=tiny"], "mine", "mine"),
+        (["RECIPE=tiny", "name=other"], "mine", "other"),
+    ],
+)
+def test_a_run_is_named_by_its_job_or_its_recipe(words: list[str], job_name: str, name: str) -> None:
+    for line in dry_run("aspo_32b", *words, SLURM_JOB_NAME=job_name).stdout.splitlines():
+        assert f"name={name}" in shlex.split(line)
+        assert f"--output={ROOT}/runs/{name}/logs/" in line
+
+
+@pytest.mark.parametrize("named", ["name: 'mine'  # quoted", 'name:   "mine"', "name: mine", "seed: 1"])
+def test_a_name_is_read_from_a_file_of_the_users(named: str, tmp_path: Path) -> None:
+    """A file without a name has its own."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"# name: no\n{named}\ndata:\n  name: no\n")
+    assert " name=mine " in dry_run("aspo_32b", f"RECIPE={recipe}").stdout
 
 
 def test_a_container() -> None:
