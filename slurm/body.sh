@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Common body of the job scripts: checks the nodes, trains, and continues from the last checkpoint until the run is
-# complete. docs/slurm.md documents settings and restarts.
+# complete; or runs another command on the ranks once. docs/slurm.md documents settings and restarts.
 #
 # Arguments that start with a capital letter are settings of the job; they may also be environment variables. Arguments
 # that start with a small letter are settings of the recipe, such as loss.clip_high=0.28.
@@ -14,14 +14,18 @@ end() { # EXIT_CODE MESSAGE
 }
 
 # --- Arguments.
-KNOWN="RECIPE CONTAINER CONTAINER_MOUNTS PYTHON LAUNCHER MAX_RESTARTS MAX_CRASHES NODE_CHECK SLURM_WAIT OFFLINE DRY_RUN"
+KNOWN="RECIPE COMMAND CONTAINER CONTAINER_MOUNTS PYTHON LAUNCHER MAX_RESTARTS MAX_CRASHES NODE_CHECK SLURM_WAIT OFFLINE DRY_RUN"
 sbatch_line() { sed -n "s/^#SBATCH --$1=//p" "$0"; } # default for a dry run, which has no Slurm variables
 JOB_NAME=${SLURM_JOB_NAME:-$(sbatch_line job-name)}
 ARGS=() NAME='' OUTPUT_DIR=runs
 [[ $JOB_NAME == "$(sbatch_line job-name)" ]] || NAME=$JOB_NAME
 for word in "$@"; do
   case $word in
-    -*) end 2 "$word: sbatch's flags go before the script's name" ;;
+    -*)
+      [[ ${COMMAND:-train} != train ]] ||
+        end 2 "$word: sbatch's flags go before the script's name, and training has no options"
+      ARGS+=("$word")
+      ;;
     [[:upper:]]*=*)
       [[ " $KNOWN " == *" ${word%%=*} "* ]] ||
         end 2 "$word: the settings of a job are $KNOWN; other variables are exported before sbatch"
@@ -80,7 +84,21 @@ if [[ -n $CONTAINER ]]; then
   STEP+=(--container-image="$CONTAINER" --container-mounts="$mounts" --container-workdir="$ROOT"
     --no-container-mount-home)
 fi
-SETTINGS=("$RECIPE" "name=$NAME" "output_dir=$OUTPUT_DIR" checkpoint.resume=auto "${ARGS[@]}")
+SETTINGS=("$RECIPE" "name=$NAME" "output_dir=$OUTPUT_DIR")
+case ${COMMAND:=train} in
+  train)
+    SETTINGS+=(checkpoint.resume=auto "${ARGS[@]}")
+    RUN=(-m megatron_aspo.commands.train "${SETTINGS[@]}")
+    ;;
+  eval | export | check-rollout)
+    module=${COMMAND/eval/evaluate}
+    RUN=(-m "megatron_aspo.commands.${module/-/_}" "$RECIPE" "${ARGS[@]}" "${SETTINGS[@]:1}")
+    for word in "${ARGS[@]}"; do # the node check takes no options
+      [[ ! $word =~ ^[a-z_]+\.[a-z_.]+= ]] || SETTINGS+=("$word")
+    done
+    ;;
+  *) end 2 "COMMAND=$COMMAND is none of train, eval, export, check-rollout" ;;
+esac
 # Expanded on the nodes and in the container, where the TMPDIR of the submitting machine may not exist. These caches are
 # local to the node because ranks race in shared folders; vLLM gives each rank a folder of its own.
 # shellcheck disable=SC2016
@@ -104,21 +122,21 @@ CHECK=("${STEP[@]}" --ntasks="$NODES" --ntasks-per-node=1 --time=15 --output="$L
   bash -c "$rank" rank "$PYTHON" -m megatron_aspo.commands.node_check --ranks "$RANKS" --log-dir "$LOG_DIR" "${SETTINGS[@]}")
 case ${LAUNCHER:=srun} in
   srun)
-    TRAIN=("${STEP[@]}" --ntasks="$RANKS" --ntasks-per-node="$TASKS_PER_NODE" --output="$LOG_DIR/node%n-rank%t.log"
-      bash -c "$rank" rank "$PYTHON" -m megatron_aspo.commands.train "${SETTINGS[@]}")
+    START=("${STEP[@]}" --ntasks="$RANKS" --ntasks-per-node="$TASKS_PER_NODE" --output="$LOG_DIR/node%n-rank%t.log"
+      bash -c "$rank" rank "$PYTHON" "${RUN[@]}")
     ;;
   torchrun)
     [[ -z ${SRUN_CPUS_PER_TASK:-} ]] || SRUN_CPUS_PER_TASK=$((SRUN_CPUS_PER_TASK * TASKS_PER_NODE)) # one task has all ranks
-    TRAIN=("${STEP[@]}" --ntasks="$NODES" --ntasks-per-node=1 --output="$LOG_DIR/node%n.log"
+    START=("${STEP[@]}" --ntasks="$NODES" --ntasks-per-node=1 --output="$LOG_DIR/node%n.log"
       bash -c "$agent" agent "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$TASKS_PER_NODE"
-      -m megatron_aspo.commands.train "${SETTINGS[@]}")
+      "${RUN[@]}")
     ;;
   *) end 2 "LAUNCHER=$LAUNCHER is neither srun nor torchrun" ;;
 esac
 
 if [[ ${DRY_RUN:-0} != 0 ]]; then
   printf '%q ' "${CHECK[@]}" && echo
-  printf '%q ' "${TRAIN[@]}" && echo
+  printf '%q ' "${START[@]}" && echo
   exit
 fi
 [[ -n ${SLURM_JOB_ID:-} ]] || end 2 "not inside a Slurm job: submit with sbatch, or set DRY_RUN=1"
@@ -175,10 +193,12 @@ in_step() { # COMMAND...: returns its exit code; traps run while it waits
 # --- The job.
 mkdir -p "$LOG_DIR" "$HF_HOME"
 ((ATTEMPT <= MAX_RESTARTS)) || end 75 "MAX_RESTARTS=$MAX_RESTARTS is exceeded; submit the job again"
-owner=$(cat "$RUN_DIR/logs/job" 2>/dev/null || echo "$JOB")
-[[ $owner == "$JOB" || -z $(squeue --noheader --states=R,CG --jobs="$owner" 2>/dev/null) ]] ||
-  end 2 "job $owner writes to $RUN_DIR; wait for it (--dependency=singleton), or set another --job-name"
-echo "$JOB" >"$RUN_DIR/logs/job"
+if [[ $COMMAND == train ]]; then
+  owner=$(cat "$RUN_DIR/logs/job" 2>/dev/null || echo "$JOB")
+  [[ $owner == "$JOB" || -z $(squeue --noheader --states=R,CG --jobs="$owner" 2>/dev/null) ]] ||
+    end 2 "job $owner writes to $RUN_DIR; wait for it (--dependency=singleton), or set another --job-name"
+  echo "$JOB" >"$RUN_DIR/logs/job"
+fi
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # Below 32768: Linux uses the ports above for outgoing connections, so they may be taken.
 MASTER_ADDR=$(scontrol --oneliner show node "${hosts[0]}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
@@ -188,7 +208,7 @@ if [[ -n $CONTAINER ]]; then
   # The node check also records this, but a container may have no git.
   { git rev-parse HEAD && git diff HEAD; } >"$LOG_DIR/git-outside.txt" 2>&1 || true
 fi
-say "$RECIPE on ${hosts[*]}; logs in $LOG_DIR"
+say "$COMMAND $RECIPE on ${hosts[*]}; logs in $LOG_DIR"
 
 while :; do
   rm -f "$LOG_DIR/bad-nodes"
@@ -204,13 +224,18 @@ while :; do
   fi
   if ((rc == 0)); then
     while read -r line; do [[ -v ${line%%=*} ]] || export "${line?}"; done <"$LOG_DIR/rank.env"
+    if [[ $COMMAND != train ]]; then
+      in_step "${START[@]}" || rc=$?
+      cat "$LOG_DIR"/node0-rank0.log "$LOG_DIR"/node0.log 2>/dev/null || true
+      end "$rc" "$COMMAND ended with code $rc"
+    fi
     rm -f "$RUN_DIR/interrupted"
     [[ -f $RUN_DIR/logs/$JOB.started ]] || touch "$RUN_DIR/logs/$JOB.started"
     touch "$LOG_DIR/started"
     # The user's checkpoint.resume=PATH holds until this job has saved. Later attempts continue from the job's checkpoint.
     again=()
     ! saved_since "$RUN_DIR/logs/$JOB.started" || again=(checkpoint.resume=auto)
-    in_step "${TRAIN[@]}" ${again[@]+"${again[@]}"} || rc=$?
+    in_step "${START[@]}" ${again[@]+"${again[@]}"} || rc=$?
     [[ ! -f $RUN_DIR/interrupted ]] || [[ $stop == TERM ]] || requeue "step $(<"$RUN_DIR/interrupted") is saved"
     ((rc != 0)) || [[ -f $RUN_DIR/interrupted ]] || end 0 "trained to the end"
     ! saved_since "$LOG_DIR/started" || echo 0 >"$RUN_DIR/logs/$JOB.crashes"

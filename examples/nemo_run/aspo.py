@@ -3,10 +3,12 @@
 NeMo-Run starts the same ranks as `megatron-aspo train`, in the project's environment or container.
 """
 
+import json
 import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
 
@@ -20,6 +22,8 @@ from megatron_aspo.commands.arguments import exit_code  # noqa: E402
 from megatron_aspo.config.checks import check_world_size  # noqa: E402
 from megatron_aspo.config.load import load_config  # noqa: E402
 from megatron_aspo.config.run import RunConfig  # noqa: E402
+from megatron_aspo.ranks.launch import rank_environment  # noqa: E402
+from megatron_aspo.tools.planning.gpus import KNOWN  # noqa: E402
 
 # Interpreter of the ranks outside containers. NeMo-Run has a separate environment.
 PYTHON = os.environ.get("PYTHON", str(ROOT / ".venv/bin/python"))
@@ -28,7 +32,8 @@ PYTHON = os.environ.get("PYTHON", str(ROOT / ".venv/bin/python"))
 RANK_SCRIPT = """\
 set -e
 export PYTHONUNBUFFERED=1 PYTHONHASHSEED=${{PYTHONHASHSEED:-0}}
-export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}} {environment}
+export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}}
+{environment}
 if [[ -z ${{RANK:-}} ]]; then
   trap "" USR1  # until python listens
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID NODE_RANK=$SLURM_NODEID
@@ -79,7 +84,9 @@ def launch(
     check_world_size(config.parallel, config.rollout, nodes * ranks_per_node)
     # The job runs a copy of the code, but writes to this checkout, where the next job continues.
     output_dir = ROOT / config.output_dir
-    words.append(f"output_dir={output_dir}")
+    here, folders = absolute_paths(config)
+    words += [f"output_dir={output_dir}", *here]
+    hf_home = Path(os.environ.get("HF_HOME", ROOT / ".cache/huggingface"))
 
     executor, python = ctx.executor, PYTHON
     executor.nodes, executor.ntasks_per_node = nodes, ranks_per_node
@@ -89,19 +96,22 @@ def launch(
         executor.setup_lines = BATCH_SETUP.format(interrupted=shlex.quote(f"{output_dir}/{config.name}/interrupted"))
         if executor.container_image:
             python = "python"
-            executor.container_mounts.append(f"{output_dir}:{output_dir}")
+            executor.container_mounts += [f"{folder}:{folder}" for folder in [output_dir, hf_home, *folders]]
     else:
         executor.env_vars |= {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
         recipe = f"{ROOT}/{recipe}"
     script = RANK_SCRIPT.format(
-        environment=shlex.join(rank_environment(config)),
+        environment="\n".join(
+            f"export {name}=${{{name}:-{shlex.quote(value)}}}" for name, value in environment(config, hf_home).items()
+        ),
         # Adam of offloaded states runs on the host's cores.
         threads=f"$(($(nproc --all) / {ranks_per_node}))" if config.optimizer.cpu_offload else 1,
         python=shlex.quote(python),
         words=shlex.join([recipe, *words]),
     )
     if not ctx.dryrun:
-        output_dir.mkdir(parents=True, exist_ok=True)  # containers can only mount existing folders
+        for folder in (output_dir, hf_home):
+            folder.mkdir(parents=True, exist_ok=True)  # containers can only mount existing folders
     else:
         print(f"# Every rank runs:\n{script}")
     with run.Experiment(config.name) as experiment:
@@ -110,14 +120,39 @@ def launch(
     return int(any(job.state == AppState.FAILED for job in experiment.jobs))
 
 
-def rank_environment(config: RunConfig) -> list[str]:
-    """Environment variables of ranks on GPUs.
+def absolute_paths(config: RunConfig) -> tuple[list[str], list[Path]]:
+    """Settings that lead from the job's copy of the code to this checkout's model and data, and the folders of these.
 
-    Up to Hopper, CUDA_DEVICE_MAX_CONNECTIONS=1 starts kernels in launch order, so that communication which overlaps
-    with the layers' compute starts first.
+    A hub id and an absolute path stay as they are.
     """
-    overlaps = config.parallel.tensor > 1 or config.parallel.context > 1
-    return ["CUDA_DEVICE_MAX_CONNECTIONS=1"] if overlaps and config.cluster else []
+    folders: set[Path] = set()
+
+    def whole(value: str) -> str:
+        path = ROOT / value
+        if not value or Path(value).is_absolute() or not any(ROOT.glob(value)):
+            return value
+        folders.add(path.parent)
+        return str(path)
+
+    data = config.data
+    named = {"model.hf_path": config.model.hf_path, "data.path": data.path, "data.eval_path": data.eval_path}
+    words = [f"{name}={whole(value)}" for name, value in named.items() if whole(value) != value]
+    if data.sources:
+        sources = [asdict(s) | {"path": whole(s.path), "eval_path": whole(s.eval_path)} for s in data.sources]
+        words.append(f"data.sources={json.dumps(sources)}")
+    return words, sorted(folders)
+
+
+def environment(config: RunConfig, hf_home: Path) -> dict[str, str]:
+    """Environment variables of ranks, those of slurm/body.sh. Values of the submitting shell win."""
+    gpu = KNOWN[config.cluster.gpu].capability if config.cluster else None
+    return {
+        "HF_HOME": str(hf_home),
+        "VLLM_CACHE_ROOT": str(ROOT / config.output_dir / config.name / "cache" / "vllm"),
+        "NCCL_DEBUG": "WARN",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        **rank_environment(config.parallel, gpu),
+    }
 
 
 # --- Recipes: every file in examples/, on the machines of its section `cluster`, or else on the CPUs of one machine.

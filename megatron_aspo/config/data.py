@@ -93,6 +93,8 @@ class DataConfig(SourceConfig):
     """Sources, each with the settings above. Prompts are drawn by weight, in a fixed order."""
     chat_template: bool = False
     """Format prompts with the chat template of `model.hf_path`'s tokenizer. Otherwise line breaks join messages."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Variables of the chat template, such as `enable_thinking: false` for Qwen3."""
     seed: Seed = 0
     """Seed of the order of training prompts."""
     eval_seed: Seed = 1_000_003
@@ -111,6 +113,9 @@ class DataConfig(SourceConfig):
         require(not self.sources or not own, f"{', '.join(own)} stands beside sources; move it into one of them")
         for i, source in enumerate(self.sources):
             require(bool(source.task or source.path), f"sources.{i} has neither a task nor a path; set one")
+        require(self.chat_template or not self.chat_template_args, "chat_template_args needs chat_template=true; set it")
+        given = {"messages", "add_generation_prompt"} & self.chat_template_args.keys()
+        require(not given, f"chat_template_args has {', '.join(sorted(given))}, which every prompt sets; remove it")
         require(self.seed != self.eval_seed, "seed and eval_seed must differ, or evaluation is not held out")
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from megatron_aspo.config.data import DataConfig
@@ -49,7 +50,7 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> Tokenizer:
     """The tokenizer of `model.hf_path`, or characters."""
     if model.hf_path:
         check_hugging_face()
-        return HuggingFaceTokenizer(model.hf_path, data.chat_template)
+        return HuggingFaceTokenizer(model.hf_path, data.chat_template, data.chat_template_args)
     return AsciiTokenizer()
 
 
@@ -82,12 +83,13 @@ class HuggingFaceTokenizer:
 
     Args:
         chat_template: write a prompt as messages (a text as a user's), followed by the start of the assistant's.
+        template_args: variables of the chat template.
 
     Raises:
-        UserError: the path has no tokenizer, or a tokenizer without the chat template that is required.
+        UserError: the path has no tokenizer, or a tokenizer whose chat template is missing or lacks a variable.
     """
 
-    def __init__(self, path: str, chat_template: bool = False) -> None:
+    def __init__(self, path: str, chat_template: bool = False, template_args: Mapping[str, Any] | None = None) -> None:
         from transformers import AutoTokenizer, GenerationConfig
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns at every fork
@@ -103,6 +105,14 @@ class HuggingFaceTokenizer:
         self.chat_template = chat_template
         if chat_template and not self._tokenizer.chat_template:
             raise UserError(f"the tokenizer of model.hf_path={path} has no chat template; set data.chat_template=false")
+        self.template_args = dict(template_args or {})
+        # Jinja ignores a variable that the template lacks, and the run would go on without its setting.
+        for name in self.template_args:
+            if not re.search(rf"\b{re.escape(name)}\b", self._tokenizer.get_chat_template()):
+                raise UserError(
+                    f"the chat template of model.hf_path={path} has no variable {name}; correct or remove it in "
+                    "data.chat_template_args"
+                )
         # A model may have more rows of embeddings than its tokenizer has tokens, but not fewer.
         self.vocab_size: int = config.vocab_size
         if len(self._tokenizer) > self.vocab_size:
@@ -124,7 +134,9 @@ class HuggingFaceTokenizer:
 
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
         try:
-            chat = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            chat = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **self.template_args
+            )
         except TemplateError as error:  # some templates take no system message, or require alternating roles
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(

@@ -34,7 +34,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("megatron_aspo", "examples"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / ".gitignore").write_text("runs/\n__pycache__/\n")
+    (folder / ".gitignore").write_text("runs/\ndata/\n__pycache__/\n")
+    (folder / "data").mkdir()
+    (folder / "data" / "deepscaler.json").write_text('[{"problem": "1 + 1", "answer": "2"}]')
     user = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "--quiet"], ["add", "."], [*user, "commit", "--quiet", "--message=all of it"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
@@ -82,8 +84,15 @@ def test_dry_run_of_a_recipe(aspo: Aspo, checkout: Path, name: str, nodes: str) 
     expected = {"job-name": "planned.train", "nodes": nodes, "ntasks-per-node": "8", "gpus-per-node": "8"}
     assert expected.items() <= flags.items()
     recipe = f"examples/{name}.yaml checkpoint.resume=auto loss.clip_high=0.28 name=planned"
-    assert f"exec {sys.executable} -m megatron_aspo.commands.train {recipe} output_dir={checkout}/runs" in done.stdout
-    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in done.stdout
+    data = f"data.path={checkout}/data/deepscaler.json"  # no commit has it
+    words = f"{recipe} output_dir={checkout}/runs {data}"
+    assert f"exec {sys.executable} -m megatron_aspo.commands.train {words}" in done.stdout
+    for variable in (
+        *("CUDA_DEVICE_MAX_CONNECTIONS:-1", "NVTE_FWD_LAYERNORM_SM_MARGIN:-16", "NCCL_DEBUG:-WARN"),
+        *("PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True", f"HF_HOME:-{checkout}/.cache/huggingface"),
+        f"VLLM_CACHE_ROOT:-{checkout}/runs/planned/cache/vllm",
+    ):
+        assert f"export {variable.partition(':')[0]}=${{{variable}}}\n" in done.stdout
     assert not (checkout / "runs").exists()
 
 
@@ -98,7 +107,8 @@ def test_dry_run_in_a_container(aspo: Aspo, checkout: Path) -> None:
     assert "--container-image aspo.sqsh" in step
     assert "--no-container-mount-home" in step
     assert mounts is not None
-    assert mounts[1].startswith(f"{checkout}/runs:{checkout}/runs,")
+    folders = [f"{checkout}/{name}" for name in ("runs", ".cache/huggingface", "data")]
+    assert mounts[1].startswith(",".join(f"{folder}:{folder}" for folder in folders))
     assert "exec python -m megatron_aspo.commands.train" in done.stdout
 
 

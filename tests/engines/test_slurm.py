@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
@@ -119,6 +120,24 @@ def test_a_recipe_trains_over_two_nodes(trained: Job) -> None:
     assert "torch==" in (logs / "environment.txt").read_text()
     assert (logs / "git.txt").read_text().startswith(("commit ", "not a git checkout"))
     assert "2 node(s) are well" in (logs / "check-node0.log").read_text()
+
+
+def test_a_command_runs_on_the_ranks_of_a_job(submit: Submit, trained: Job, tmp_path: Path) -> None:
+    """The evaluation of the last checkpoint over two nodes is the training's own, and a second command exports it."""
+    layout = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0")
+    *_, last = (record for record in read_metrics(trained.run_dir) if record["phase"] == "eval")
+    words = ["COMMAND=eval", "name=trained", "--checkpoint", f"{trained.run_dir}/checkpoints/step_{last['step']:06}"]
+    evaluation = submit("evaluation", *words, layout=layout)
+    export = submit("export", "COMMAND=export", "name=trained", str(tmp_path / "exported"), layout=layout)
+    for job in (evaluation, export):
+        job.finish()
+        assert job.exit_code == 0, job.said
+    printed = json.loads(re.findall(r"^\{.*?^\}", evaluation.said, re.MULTILINE | re.DOTALL)[0])
+    assert {name: printed[name] for name in printed if name.startswith("eval/")} == {
+        name: value for name, value in last.items() if name.startswith("eval/")
+    }
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+    assert "export ended with code 0" in export.said
 
 
 @pytest.mark.long

@@ -531,6 +531,11 @@ def test_tokenizer(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+2"}]
     with pytest.raises(UserError, match="refuses messages of system, user: no system here; change the prompts"):
         picky.encode_prompt(messages)
+    template.write_text("{{ messages[0]['content'] }}{% if thinking is defined and not thinking %}=0{% endif %}")
+    for template_args, prompt in (({}, b"1+2"), ({"thinking": True}, b"1+2"), ({"thinking": False}, b"1+2=0")):
+        assert HuggingFaceTokenizer(str(tmp_path), True, template_args).encode_prompt("1+2") == tuple(prompt)
+    with pytest.raises(UserError, match="has no variable think; correct or remove it in data.chat_template_args"):
+        HuggingFaceTokenizer(str(tmp_path), True, {"think": False})
     template.unlink()
     with pytest.raises(UserError, match="no chat template"):
         HuggingFaceTokenizer(str(tmp_path), chat_template=True)

@@ -57,6 +57,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("model.rms=1", "known here: hf_path, num_layers"),
         ("data.sources=[{task: a, wait: 1}]", "did you mean data.sources.0.weight?"),
         ("loss.objective=gprpo", "did you mean grpo?"),
+        ("data.chat_template_args={enable_thinking: false}", "needs chat_template=true"),
         ("loss.aggregation=token_mean", "did you mean token-mean?"),
         ("rollout.engine=vlm", "did you mean vllm?"),
         ("rollout.advantage=reinforce", "did you mean reinforce++?"),

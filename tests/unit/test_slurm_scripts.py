@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_aspo.commands.arguments import MODULES
 from megatron_aspo.commands.node_check import SILENCE, blame, host_threads, rank_environment
 from megatron_aspo.config.load import load_config
 
@@ -77,6 +78,17 @@ def test_a_name_is_read_from_a_file_of_the_users(named: str, tmp_path: Path) -> 
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"# name: no\n{named}\ndata:\n  name: no\n")
     assert " name=mine " in dry_run("aspo_32b", f"RECIPE={recipe}").stdout
+
+
+def test_another_command_gets_its_options_and_the_node_check_settings_alone() -> None:
+    words = ["COMMAND=eval", "--benchmark", "aime24=data/aime24.parquet", "rollout.temperature=1"]
+    check, run = (shlex.split(line) for line in dry_run("aspo_32b", *words).stdout.splitlines())
+    named = ["name=qwen2_5_32b", "output_dir=runs"]
+    assert check[-4:] == ["examples/qwen2_5_32b.yaml", *named, "rollout.temperature=1"]
+    assert run[-7:] == ["megatron_aspo.commands.evaluate", "examples/qwen2_5_32b.yaml", *words[1:], *named]
+    for command in MODULES:
+        *_, run = (shlex.split(line) for line in dry_run("aspo_32b", f"COMMAND={command}").stdout.splitlines())
+        assert f"megatron_aspo.commands.{MODULES[command]}" in run
 
 
 def test_a_container() -> None:
@@ -146,6 +158,7 @@ def test_the_master_port_is_none_that_linux_hands_out(path: str) -> None:
         (["MAX_CRASHES=few"], {}, "MAX_CRASHES=few"),
         (["SLURM_WAIT=08"], {}, "SLURM_WAIT=08"),
         (["RECIPE=tiny", "--nodes=2"], {}, "--nodes=2"),
+        (["COMMAND=evaluate"], {}, "COMMAND=evaluate"),
         ([], {"DRY_RUN": "0"}, "DRY_RUN=1"),
         ([], {"SLURM_SUBMIT_DIR": "/tmp"}, "ASPO_ROOT"),
     ],
