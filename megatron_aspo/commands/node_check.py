@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import secrets
 import subprocess
@@ -17,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -41,7 +43,11 @@ ELEMENTS = 16 << 20
 def own_problems() -> list[str]:
     """Return the problems that `megatron-aspo doctor` and the site's NODE_CHECK find on this node, a line each."""
     problems = doctor.problems()
-    done = subprocess.run(["bash", "-c", os.environ.get("NODE_CHECK", "")], capture_output=True, errors="replace")
+    command = ["bash", "-c", os.environ.get("NODE_CHECK", "")]
+    try:
+        done = subprocess.run(command, capture_output=True, errors="replace", timeout=PATIENCE.total_seconds())
+    except subprocess.TimeoutExpired:
+        return [*problems, f"NODE_CHECK did not end in {PATIENCE.total_seconds():.0f} s"]
     if done.returncode:
         words = (done.stdout + done.stderr).split()
         problems.append(f"NODE_CHECK ended with {done.returncode}: {' '.join(words)[-200:]}")
@@ -53,8 +59,7 @@ class Meeting:
 
     def __init__(self, rank: int, nodes: int, patience: timedelta) -> None:
         self.rank, self.nodes, self.patience = rank, nodes, patience
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store = dist.TCPStore(address, port, nodes, rank == 0, patience, wait_for_workers=False)
+        self.store = self._store(rank == 0)
 
     def gather(self, topic: str, problems: list[str]) -> list[list[str]]:
         """Return the problems of every node, [SILENCE] for a node that does not answer. Collective."""
@@ -72,6 +77,14 @@ class Meeting:
         if self.rank == 0:
             self.store.wait([f"leave/{node}" for node in present])
 
+    def rejoin(self) -> None:
+        """Connect anew, in a fork of this node's process."""
+        self.store = self._store(False)
+
+    def _store(self, is_master: bool) -> dist.TCPStore:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(address, port, self.nodes, is_master, self.patience, wait_for_workers=False)
+
     def _receive(self, key: str, deadline: float) -> list[str]:
         try:
             self.store.wait([key], timedelta(seconds=max(1.0, deadline - time.monotonic())))
@@ -80,13 +93,18 @@ class Meeting:
         return json.loads(self.store.get(key))
 
 
-def folder_problems(meeting: Meeting, folder: Path) -> list[str]:
-    """Return a problem if this node cannot read what the first one has written to `folder`. Collective."""
-    canary = folder / "canary"
+def write_canary(meeting: Meeting, folder: Path) -> None:
+    """Write a file on the first node that all others must see. It comes before the node's own checks: if these are
+    slow, the others do not wait for the file."""
     if meeting.rank == 0:
         token = secrets.token_hex(8)
-        canary.write_text(token)
+        (folder / "canary").write_text(token)
         meeting.store.set("canary", token)
+
+
+def folder_problems(meeting: Meeting, folder: Path) -> list[str]:
+    """Return a problem if this node cannot read what the first one has written to `folder`."""
+    canary = folder / "canary"
     token = meeting.store.get("canary").decode()
     # A network file system may show a new file late.
     deadline = time.monotonic() + meeting.patience.total_seconds() / 2
@@ -98,7 +116,35 @@ def folder_problems(meeting: Meeting, folder: Path) -> list[str]:
 
 
 def reduce_problems(meeting: Meeting, members: list[int], topic: str) -> list[str]:
-    """Return problems of an all-reduce over the nodes `members`, once per GPU. Collective over these nodes."""
+    """Return problems of an all-reduce over the nodes `members`, once per GPU. Collective over these nodes.
+
+    A fork reduces: a collective that hangs on a GPU may end its process or never return.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_reduce, args=(meeting, members, topic, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(1.5 * meeting.patience.total_seconds()):
+            return receiver.recv()
+        return [f"{topic}: no result"]
+    except EOFError:
+        process.join()
+        return [f"{topic}: its process ended with code {process.exitcode}"]
+    finally:
+        process.kill()
+
+
+def _reduce(meeting: Meeting, members: list[int], topic: str, sender: Connection) -> None:
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # else torch's watchdog aborts the process before it can report
+    meeting.rejoin()
+    sender.send(_reduced(meeting, members, topic))
+    sys.stdout.flush()
+    os._exit(0)  # leaving a process group waits for kernels that may hang
+
+
+def _reduced(meeting: Meeting, members: list[int], topic: str) -> list[str]:
     gpus = torch.cuda.device_count()
     nodes = len(members)
     try:
@@ -127,9 +173,6 @@ def reduce_problems(meeting: Meeting, members: list[int], topic: str) -> list[st
             print(f"{topic} {index} over {nodes} nodes: {tensor.nbytes / seconds / 1e9:.2f} GB/s")
     except RuntimeError as error:  # a broken or silent peer
         return [f"{topic}: {str(error).splitlines()[0]}"]
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return []
 
 
@@ -139,15 +182,20 @@ def host_threads(config: OptimizerConfig, ranks: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // ranks)) if config.cpu_offload else 1
 
 
+def reasons(names: list[str], reports: list[list[str]]) -> dict[str, str]:
+    """Return the problems of each node that has any."""
+    return {name: "; ".join(report) for name, report in zip(names, reports, strict=True) if report}
+
+
 def blame(names: list[str], reports: list[list[str]]) -> dict[str, str]:
-    """Return the nodes to exclude and the reasons. Silent nodes explain the other nodes' problems."""
-    silent = {name: SILENCE for name, report in zip(names, reports, strict=True) if report == [SILENCE]}
-    return silent or {name: "; ".join(report) for name, report in zip(names, reports, strict=True) if report}
+    """Return the nodes to exclude after a reduction, and the reasons. Silent nodes explain the others' problems."""
+    return reasons(names, [report if report == [SILENCE] else [] for report in reports]) or reasons(names, reports)
 
 
 def find_bad_nodes(meeting: Meeting, names: list[str], folder: Path) -> dict[str, str]:
     """Return the names of bad nodes, with reasons. Collective."""
-    bad = blame(names, meeting.gather("own", own_problems() + folder_problems(meeting, folder)))
+    write_canary(meeting, folder)
+    bad = reasons(names, meeting.gather("own", own_problems() + folder_problems(meeting, folder)))
     if bad or meeting.nodes == 1:
         return bad
     nodes = list(range(meeting.nodes))

@@ -113,7 +113,7 @@ class DataConfig(SourceConfig):
         require(not self.sources or not own, f"{', '.join(own)} stands beside sources; move it into one of them")
         for i, source in enumerate(self.sources):
             require(bool(source.task or source.path), f"sources.{i} has neither a task nor a path; set one")
-        require(self.chat_template or not self.chat_template_args, "chat_template_args needs chat_template=true; set it")
+        require(self.chat_template or not self.chat_template_args, "chat_template_args needs chat_template=true")
         given = {"messages", "add_generation_prompt"} & self.chat_template_args.keys()
         require(not given, f"chat_template_args has {', '.join(sorted(given))}, which every prompt sets; remove it")
         require(self.seed != self.eval_seed, "seed and eval_seed must differ, or evaluation is not held out")

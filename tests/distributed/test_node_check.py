@@ -49,6 +49,25 @@ def fall_silent(folder: Path) -> dict[str, str]:
     return {}
 
 
+def check_slowly(folder: Path) -> dict[str, str]:
+    """The first node's own check takes longer than nodes wait for each other, and fails."""
+    meeting = meet(5)
+    os.environ["NODE_CHECK"] = "sleep 8; echo no driver; false" if meeting.rank == 0 else "true"
+    found = find_bad_nodes(meeting, NAMES, folder)
+    meeting.leave(list(range(4)))
+    return found
+
+
+def abort(folder: Path) -> dict[str, str]:
+    """The third node's reductions abort their process, as NCCL's watchdog does."""
+    meeting = meet(30)
+    if meeting.rank == 2:
+        dist.all_reduce = lambda *_, **__: os.abort()
+    found = find_bad_nodes(meeting, NAMES, folder)
+    meeting.leave(list(range(4)))
+    return found
+
+
 def without_sharing(folders: Path) -> dict[str, str]:
     """The third node has a different folder in place of the shared one."""
     meeting = meet(20)
@@ -68,6 +87,16 @@ def test_a_broken_cable(tmp_path: Path, bad: int | None) -> None:
 
 def test_a_node_that_is_gone(tmp_path: Path) -> None:
     assert run(4, fall_silent, tmp_path)[:3] == [{"node3": SILENCE}] * 3
+
+
+def test_a_slow_first_node_with_a_fault(tmp_path: Path) -> None:
+    assert run(4, check_slowly, tmp_path) == [{"node0": "NODE_CHECK ended with 1: no driver"}] * 4
+
+
+def test_a_reduction_that_ends_its_process(tmp_path: Path) -> None:
+    for found in run(4, abort, tmp_path):
+        assert list(found) == ["node2"]
+        assert "its process ended with code -6" in found["node2"]
 
 
 def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:

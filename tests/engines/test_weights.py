@@ -534,7 +534,7 @@ def test_tokenizer(tmp_path: Path) -> None:
     template.write_text("{{ messages[0]['content'] }}{% if thinking is defined and not thinking %}=0{% endif %}")
     for template_args, prompt in (({}, b"1+2"), ({"thinking": True}, b"1+2"), ({"thinking": False}, b"1+2=0")):
         assert HuggingFaceTokenizer(str(tmp_path), True, template_args).encode_prompt("1+2") == tuple(prompt)
-    with pytest.raises(UserError, match="has no variable think; correct or remove it in data.chat_template_args"):
+    with pytest.raises(UserError, match="has no variable think; correct or remove it in data"):
         HuggingFaceTokenizer(str(tmp_path), True, {"think": False})
     template.unlink()
     with pytest.raises(UserError, match="no chat template"):

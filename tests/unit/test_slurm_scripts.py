@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_aspo.commands.arguments import MODULES
-from megatron_aspo.commands.node_check import SILENCE, blame, host_threads, rank_environment
+from megatron_aspo.commands.node_check import SILENCE, blame, host_threads, rank_environment, reasons
 from megatron_aspo.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -225,7 +225,9 @@ def test_threads_of_ranks_whose_adam_runs_on_the_host(monkeypatch) -> None:
 def test_whom_to_blame() -> None:
     names = ["a", "b", "c"]
     assert blame(names, [[], [], []]) == {}
-    assert blame(names, [[], ["no GPU", "no room"], []]) == {"b": "no GPU; no room"}
+    assert blame(names, [[], ["low sum", "no peer"], []]) == {"b": "low sum; no peer"}
+    # Findings of a node's own check are its own, whoever is silent.
+    assert reasons(names, [["no GPU"], [], [SILENCE]]) == {"a": "no GPU", "c": SILENCE}
     # A missing node makes the other nodes' sums fail too.
     assert blame(names, [["broken pipe"], ["broken pipe"], [SILENCE]]) == {"c": SILENCE}
 
