@@ -201,6 +201,13 @@ def test_what_is_not_taken_is_named(trainer: Callable[..., Any], fields: dict[st
         trainer(ASPOTrainer, **fields)
 
 
+def test_the_mean_is_named_by_loss_type(trainer: Callable[..., Any]) -> None:
+    """The loss is divided as `loss_type` says: over another mean it would be wrong by a factor."""
+    message = "ASPOTrainer does not take aggregation in loss (set loss_type to dapo, grpo or dr_grpo); see its README"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        trainer(partial(ASPOTrainer, loss={"aggregation": "seq-mean-token-mean"}), loss_type="dapo")
+
+
 def test_a_mixtures_router_loss_has_to_be_turned_off(tmp_path: Path) -> None:
     """TRL uses the model's coefficient if none is set."""
     shape = {

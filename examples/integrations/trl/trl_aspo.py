@@ -26,6 +26,7 @@ class ASPOTrainer(GRPOTrainer):
         level = settings.importance_sampling_level
         refused = {
             f"loss_type={settings.loss_type} (use dapo, grpo or dr_grpo)": settings.loss_type not in AGGREGATIONS,
+            "aggregation in loss (set loss_type to dapo, grpo or dr_grpo)": "aggregation" in (loss or {}),
             f"importance_sampling_level={level} (use token)": level != "token",
             "top_entropy_quantile (leave it out)": settings.top_entropy_quantile < 1.0,
             "off_policy_mask_threshold (leave it out)": settings.off_policy_mask_threshold is not None,
