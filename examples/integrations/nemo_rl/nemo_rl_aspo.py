@@ -19,6 +19,9 @@ REFUSED = {
     "use_cispo": "false",
     "sequence_level_importance_ratios": "false",
     "use_importance_sampling_correction": "false",
+    "truncated_importance_sampling_type": "null",
+    "truncated_importance_sampling_ratio": "null",
+    "truncated_importance_sampling_ratio_min": "null",
     "positive_example_nll_weight": "0",
     "reference_policy_kl_penalty": "0",
 }
@@ -34,10 +37,13 @@ class ASPOLossFn(ClippedPGLossFn):
     def __init__(self, *args: Any, loss: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         loss = {"objective": "aspo"} | (loss or {})
-        corrected = {"use_importance_sampling_correction"} if loss.get("anchor") == "rollout" else ()  # by the ratio
+        anchored = loss.get("anchor") == "rollout"
+        corrected = {"use_importance_sampling_correction"} if anchored else ()  # by the ratio
         if wrong := [name for name in REFUSED if getattr(self, name, None) and name not in corrected]:
             refused = ", ".join(f"loss_fn.{name}={getattr(self, name)}" for name in wrong)
             fix = " ".join(f"loss_fn.{name}={REFUSED[name]}" for name in wrong)
+            if anchored and any(name.startswith("truncated") for name in wrong):
+                fix += " and anchor_band in loss, such as (0.2, 5)"
             raise ValueError(f"ASPOLossFn does not take {refused}: set {fix} (see its README)")
         self.policy_loss = PolicyLossConfig(
             **loss,

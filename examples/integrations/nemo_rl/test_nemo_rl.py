@@ -46,6 +46,9 @@ FIELDS: dict[str, Any] = {
     "ratio_clip_c": None,
     "reference_policy_kl_penalty": 0.01,
     "use_importance_sampling_correction": False,
+    "truncated_importance_sampling_type": None,
+    "truncated_importance_sampling_ratio": None,
+    "truncated_importance_sampling_ratio_min": None,
     "force_on_policy_ratio": False,
     "sequence_level_importance_ratios": False,
     "positive_example_nll_weight": 0.0,
@@ -221,9 +224,20 @@ def test_anchored_at_the_sampler_the_ratio_is_to_its_log_probs(adapter: Any) -> 
         adapter.ASPOLossFn(config(use_cispo=True), loss={"anchor": "rollout"})
 
 
-@pytest.mark.parametrize(
-    "field", [name for name in FIELDS if not name.startswith("ratio_clip") and name != "token_level_loss"]
-)
+@pytest.mark.parametrize("kind", ["tis", "icepop", "seq-mask-tis"])
+def test_the_anchors_band_replaces_truncated_importance_sampling(adapter: Any, kind: str) -> None:
+    given = {"type": kind, "ratio": 2.0, "ratio_min": 0.5}
+    fields = {f"truncated_importance_sampling_{name}": value for name, value in given.items()}
+    refused = ", ".join(f"loss_fn.{name}={value}" for name, value in fields.items())
+    fix = " ".join(f"loss_fn.{name}=null" for name in fields)
+    message = (
+        f"ASPOLossFn does not take {refused}: set {fix} and anchor_band in loss, such as (0.2, 5) (see its README)"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        adapter.ASPOLossFn(config(**fields, use_importance_sampling_correction=True), loss={"anchor": "rollout"})
+
+
+@pytest.mark.parametrize("field", [name for name, value in FIELDS.items() if value in (False, 0.0, 0.01)])
 def test_what_is_not_taken_is_named(adapter: Any, field: str) -> None:
     """The value that the message recommends is accepted."""
     given, advice = (True, "false") if FIELDS[field] is False else (0.02, "0")
