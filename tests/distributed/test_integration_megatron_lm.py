@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from ranks import VOCAB, ends, full_tensors, run, run_config
@@ -386,6 +388,27 @@ def test_the_flags_are_read() -> None:
     assert config.rollout_ratio_high > torch.tensor(LOG_RATIO_LIMIT).exp()
 
 
+@pytest.mark.parametrize(
+    ("coefficient", "given", "bounds"),
+    [
+        (None, {"rollout_correction": "mask"}, (0.5, 2)),  # the library's own
+        (1.5, {"rollout_correction": "mask"}, (0.5, 2)),
+        (None, {"rollout_correction": "mask", "rollout_ratio_high": 5.0}, (0.5, 5)),
+        (None, {"rollout_correction": "truncate"}, (0.5, 2)),
+        (0.4, {"rollout_correction": "truncate"}, (0, 0.4)),
+        (0.4, {"rollout_correction": "truncate", "rollout_ratio_high": 5.0}, (0, 5)),
+        (1.5, {}, (0, 1.5)),
+    ],
+)
+def test_a_correction_that_is_named_has_bounds(
+    coefficient: float | None, given: dict[str, Any], bounds: tuple[float, float]
+) -> None:
+    args = SimpleNamespace(**vars(ARGS) | {"rl_importance_sampling_truncation_coef": coefficient})
+    config = adapter().rl_config(args, **given)
+    assert config.rollout_correction == given.get("rollout_correction", "truncate")
+    assert (config.rollout_ratio_low, config.rollout_ratio_high) == bounds
+
+
 def loop(*arguments: str) -> list[dict[str, float]]:
     """The metrics of the loop's updates, from weights that do not depend on the layout."""
     sys.path.insert(0, str(ADAPTER.parent))
@@ -393,6 +416,22 @@ def loop(*arguments: str) -> list[dict[str, float]]:
     made = module.existing_model
     module.existing_model = lambda config: set_weights(made(config))
     return module.main(arguments)
+
+
+def test_the_pages_schedule_has_its_imports() -> None:
+    (block,) = (block for block in blocks("python") if "get_forward_backward_func" in block)
+    names: dict[str, Any] = dict.fromkeys(
+        ("data_iterator", "model", "num_microbatches", "seq_length", "micro_batch_size")
+    )
+    adapter()  # on the path, as by the page's PYTHONPATH
+    imports, _, call = block.rpartition("\n\n")
+    exec(imports, names)
+    called = []
+    names["get_forward_backward_func"] = lambda: lambda **given: called.append(given)
+    exec(call, names)
+    (given,) = called
+    assert given["forward_step_func"].func is adapter().forward_step
+    assert set(given) <= set(inspect.signature(forward_backward_no_pipelining).parameters)
 
 
 def test_the_loop_is_the_same_on_four_ranks_as_on_one() -> None:

@@ -61,17 +61,19 @@ def loss_func(output: Any, **arguments: Any) -> tuple[Tensor, Tensor, dict[str, 
 
 def rl_config(args: Any, **loss: Any) -> PolicyLossConfig:
     """The loss that `train_rl.py`'s flags configure, with the exact entropy in the entropy term; `loss` overrides."""
-    corrects = args.rl_inference_logprobs_is_correction and loss.get("anchor") != "rollout"
+    flagged = "truncate" if args.rl_inference_logprobs_is_correction and loss.get("anchor") != "rollout" else "none"
     flags = {
         "objective": "aspo",
         "clip_low": args.grpo_clamp_eps_lower,
         "clip_high": args.grpo_clamp_eps_upper,
         "kl_coef": args.grpo_kl_beta,
         "entropy_coef": args.grpo_entropy_term_weight,
-        "rollout_correction": "truncate" if corrects else "none",
-        "rollout_ratio_low": 0.0,
-        "rollout_ratio_high": args.rl_importance_sampling_truncation_coef or 1e9,  # no ratio exceeds e^20
+        "rollout_correction": loss.get("rollout_correction", flagged),
     }
+    # No ratio exceeds e^20. A correction that `loss` names has the library's bounds instead.
+    high = args.rl_importance_sampling_truncation_coef or (None if "rollout_correction" in loss else 1e9)
+    if flags["rollout_correction"] == "truncate" and high:
+        flags |= {"rollout_ratio_low": 0.0, "rollout_ratio_high": high}
     return PolicyLossConfig(**flags | loss)
 
 
