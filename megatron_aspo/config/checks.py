@@ -127,6 +127,7 @@ def config_warnings(config: RunConfig) -> list[str]:
             f"loss.anchor=rollout takes differences in rounding ({cause}) for moves of the policy, and a token far off "
             "gets a large weight; drop such tokens by loss.anchor_band, such as [0.2, 5]"
         )
+    warnings += [f"loss.{line}" for line in loss.without_effect]
     if config.train.recompute == "none" and config.train.recompute_modules:
         modules = ", ".join(config.train.recompute_modules)
         warnings.append(f"train.recompute_modules=[{modules}] does nothing with train.recompute=none; set selective")

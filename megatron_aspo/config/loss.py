@@ -17,6 +17,12 @@ ObjectiveName = Literal[
 ]
 """The built-in objectives: the keys of `OBJECTIVES` in `megatron_aspo.loss.objectives`."""
 
+WITHOUT_CAP = ("no_is", "cispo", "gspo", "gmpo", "sapo")
+"""Objectives without a dual clip."""
+
+WITHOUT_RANGE = ("tis", "sapo")
+"""Objectives without a clip range."""
+
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
 
@@ -128,6 +134,24 @@ class PolicyLossConfig:
                 f"{name}={value} acts on pi_old / pi_rollout, but with anchor=rollout no pass computes pi_old; "
                 "remove it and set anchor_band, such as [0.2, 5]",
             )
+
+    @property
+    def without_effect(self) -> list[str]:
+        """A line for each setting that changes nothing because of another."""
+        unused = {
+            "dual_clip": self.objective in WITHOUT_CAP and self.dual_clip not in ("default", None),
+            "entropy_quantile": self.objective in WITHOUT_RANGE
+            and self.entropy_quantile is not None
+            and self.kl_tokens == "all",
+        }
+        reasons = {name: f"objective={self.objective}" for name, is_unused in unused.items() if is_unused}
+        if self.kl_tokens != "all" and not self.kl_coef:
+            reasons["kl_tokens"] = "kl_coef=0"
+        for name, modes in (("rollout_ratio_low", ("mask",)), ("rollout_ratio_high", ("mask", "truncate"))):
+            default = PolicyLossConfig.__dataclass_fields__[name].default
+            if getattr(self, name) != default and self.rollout_correction not in modes:
+                reasons[name] = f"rollout_correction={self.rollout_correction}"
+        return [f"{name}={getattr(self, name)} has no effect with {reason}" for name, reason in reasons.items()]
 
     @property
     def rollout_sequence_band(self) -> tuple[float, float]:

@@ -45,7 +45,7 @@ def correction(log_ratio: Tensor, dropped: Tensor | None, config: PolicyLossConf
 def dropped_responses(responses: Responses, log_ratio: Tensor, config: PolicyLossConfig) -> Tensor:
     """[M] log rho of the whole stream, 0 where masked -> [count] bool, the responses that the configuration drops."""
     low, high = config.rollout_sequence_band
-    geometric_mean = responses.mean(log_ratio).exp()
+    geometric_mean = responses.mean(log_ratio, responses.mask).exp()
     dropped = (geometric_mean < low) | (geometric_mean > high)
     if config.rollout_veto is not None:
         dropped |= responses.minimum(log_ratio) < math.log(config.rollout_veto)

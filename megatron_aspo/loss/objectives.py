@@ -1,8 +1,9 @@
 """The objectives: each is a weight per token, the defaults that belong to it, and the response-wise ratio it needs.
 
-The gradient of every objective is dL/dl = -w(r, A) * A, with l the token's log-prob, r = pi / pi_old its importance
-ratio, A its advantage, and w a weight without gradient. An objective is therefore its weight function. The *reported*
-loss follows each paper's convention; it is for logging only, and no gradient flows through it.
+The gradient of every objective is dL/dl = -w(r, A) * A, with l the token's log-prob, r its importance ratio pi / pi_old
+(`anchor="rollout"`: pi / pi_rollout), A its advantage, and w a weight without gradient. An objective is therefore its
+weight function. The *reported* loss follows each paper's convention; it is for logging only, and no gradient flows
+through it.
 
 All functions are element-wise: every tensor has the shape of the log-probs. Sources: ASPO arXiv 2510.06062;
 PPO 1707.06347; DAPO 2503.14476; dual clip 1912.09729; CISPO 2506.13585; GSPO 2507.18071; SAPO 2511.20347;
@@ -37,7 +38,7 @@ class TokenInputs:
 
     Attributes:
         logprobs: log pi of the token.
-        ratio: r = exp(clamp(log pi - log pi_old)).
+        ratio: r = exp(clamp(log pi - log pi_old)); with `anchor="rollout"` pi_rollout stands for pi_old.
         advantages: A.
         clip_low, clip_high: the clip range of each token.
         sequence_ratio: the response's ratio, as `Objective.response_ratio` defines it; equal to `ratio` without one.
@@ -280,12 +281,17 @@ class ObjectiveError(RunError, ValueError):
 
 
 def token_terms(
-    objective: Objective, x: TokenInputs, config: PolicyLossConfig, check_finite: bool = True
+    objective: Objective,
+    x: TokenInputs,
+    config: PolicyLossConfig,
+    mask: Tensor | None = None,
+    check_finite: bool = True,
 ) -> TokenTerms:
     """The weights and values that an objective gives to tokens.
 
     Args:
         objective, config: as `find_objective` returns them.
+        mask: bool, the tokens that are trained on; by default all. A user's weights are 0 elsewhere.
         check_finite: whether the weights of a user's objective must be finite; on a GPU the check waits for the device.
 
     Raises:
@@ -307,6 +313,8 @@ def token_terms(
             raise ObjectiveError(f"{where} returned a {name} that is no tensor of shape {list(x.ratio.shape)}")
     if not terms.weight.is_floating_point():
         raise ObjectiveError(f"{where} returned a weight of {terms.weight.dtype}; it must be floating point")
+    if mask is not None:  # a weight may be infinite for the zeros of masked slots
+        terms = replace(terms, weight=terms.weight.masked_fill(~mask, 0.0))
     finite = terms.weight.isfinite() if check_finite else None
     if finite is not None and not finite.all():
         at = int((~finite).nonzero()[0, 0])

@@ -61,9 +61,11 @@ class Responses:
         """Responses with an unmasked token; 0 on all ranks of the context-parallel group but the first."""
         return (self.lengths > 0).sum() * (self.own.start == 0)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """[M] per token, 0 where masked -> [M] per response: the means."""
-        return torch.zeros_like(self.lengths).index_add(0, self.index, values) / self.lengths.clamp(min=1)
+    def mean(self, values: Tensor, counted: Tensor, empty: float = 0.0) -> Tensor:
+        """[M] per token -> [M] per response: the means over the tokens `counted` [M]; `empty` where there is none."""
+        counts = torch.zeros_like(self.lengths).index_add(0, self.index, counted.double())
+        sums = torch.zeros_like(self.lengths).index_add(0, self.index, values.masked_fill(~counted, 0.0))
+        return torch.where(counts > 0, sums / counts.clamp(min=1), empty)
 
     def minimum(self, values: Tensor) -> Tensor:
         """[M] per token, 0 where masked -> [M] per response: the least value, at most 0."""

@@ -120,7 +120,7 @@ class TokenLoss:
                 limits = responses.quantile(whole["entropy"], config.entropy_quantile).to(dtype)
                 limit, wide = responses.spread(limits), whole["entropy"] > limits[responses.index]
             if objective.response_ratio is not None:
-                ratio = responses.spread(_response_ratio(objective, responses, whole, wide, config)).to(dtype)
+                ratio = responses.spread(_response_ratio(objective, responses, whole, wide, config, dtype)).to(dtype)
             if config.drops_responses:
                 dropped = responses.spread(dropped_responses(responses, whole["rollout_log_ratio"], config))
             if config.aggregation != "token-mean":
@@ -149,10 +149,10 @@ class TokenLoss:
         clip_low, clip_high = _clip_range(logprobs, wide, config)
         anchor = self.tokens.anchor_logprobs(config)
         log_ratio = torch.zeros_like(logprobs) if anchor is None else logprobs - anchor
-        ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        ratio = _ratio(log_ratio)
         sequence_ratio = ratio if self.sequence_ratio is None else self.sequence_ratio
         inputs = TokenInputs(logprobs, ratio, self.tokens.advantages, clip_low, clip_high, sequence_ratio)
-        terms = token_terms(self.objective, inputs, config, check_finite)
+        terms = token_terms(self.objective, inputs, config, self.tokens.loss_mask, check_finite)
         if config.anchor_band is not None:
             outside = _outside(ratio, config.anchor_band)
             kept = {name: getattr(terms, name).masked_fill(outside, 0) for name in ("weight", "value", "soft_clipped")}
@@ -254,17 +254,22 @@ def _response_ratio(
     whole: Mapping[str, Tensor],
     wide: Tensor | None,
     config: PolicyLossConfig,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """[M] log-ratios of tokens -> [M] ratios of responses."""
-    log_ratio = whole["log_ratio"]
+    """[M] log-ratios of tokens -> [M] ratios of responses; 1 for a response of which no token counts.
+
+    Tokens outside the anchor's band do not count: the sampler's rounding of one would weigh on all others.
+    """
+    log_ratio, counted = whole["log_ratio"], responses.mask
+    if config.anchor_band is not None:
+        counted = counted & ~_outside(_ratio(log_ratio.to(dtype)), config.anchor_band)
     if objective.response_ratio == "clipped geometric":
         low, high = _clip_range(log_ratio, wide, config)
         positive = whole["advantages"] > 0
         log_ratio = torch.where(positive, torch.minimum(log_ratio, high), torch.maximum(log_ratio, -low))
     if objective.response_ratio != "arithmetic":
-        return responses.mean(log_ratio).clamp(max=SEQUENCE_LOG_RATIO_LIMIT).exp()
-    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    return responses.mean(torch.where(responses.mask, ratio, 0.0))
+        return responses.mean(log_ratio, counted).clamp(max=SEQUENCE_LOG_RATIO_LIMIT).exp()
+    return responses.mean(_ratio(log_ratio), counted, empty=1.0)
 
 
 def kl_terms(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
@@ -291,6 +296,10 @@ def _means(values: Mapping[str, Tensor], chosen: Mapping[str, Tensor]) -> dict[s
             # float64: a float32 sum over millions of tokens loses the third digit.
             metrics[name + suffix] = column.double().masked_fill(~tokens, 0.0).sum(), counts[suffix]
     return metrics
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 def _outside(ratio: Tensor, band: tuple[float, float]) -> Tensor:

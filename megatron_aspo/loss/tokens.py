@@ -31,7 +31,8 @@ class TokenBatch:
             learning. With `anchor="rollout"` they are only reported.
         ref_logprobs: log-probs by the reference policy; `kl_coef` needs them.
         rollout_logprobs: log-probs by the sampling engine; `anchor="rollout"` needs them. Their mismatch with
-            `old_logprobs` is reported, and corrected as the `rollout_*` settings define.
+            `old_logprobs` is reported, and corrected as the `rollout_*` settings define. NaN counts as 1e6, which is a
+            ratio of 0 and outside every band.
         sequence_ids: non-negative integers, equal within a response; by default each row is one response.
         positions: [n] int64, ascending indices of the unmasked tokens in the flattened batch. With them the loss never
             waits for a GPU. They are not checked against `loss_mask`, and targets are not checked to be token ids.
@@ -96,13 +97,16 @@ class TokenBatch:
         def flat(logprobs: Tensor | None) -> Tensor | None:
             return None if logprobs is None else usable(logprobs.detach().reshape(-1).to(dtype), mask)
 
+        rollout = self.rollout_logprobs
+        if rollout is not None:
+            rollout = torch.where(rollout.isnan(), -LOWEST_LOGPROB, rollout)
         return TokenBatch(
             None,
             mask,
             torch.where(mask, self.advantages.detach().reshape(-1).to(dtype), 0.0),
             flat(self.old_logprobs),
             flat(self.ref_logprobs),
-            flat(self.rollout_logprobs),
+            flat(rollout),
             self._ids().reshape(-1),
         )
 

@@ -42,13 +42,13 @@ def expected(batch: dict[str, Any], config: PolicyLossConfig) -> tuple[torch.Ten
     for row in range(4):
         at = batch["loss_mask"][row].nonzero()[:, 0].tolist()
         columns = [batch[name][row].tolist() for name in ("logprobs", "rollout_logprobs", "advantages")]
-        response: Any = [tuple(column[t] for column in columns) for t in at]
-        for t, (now, then, advantage), (w, token_value) in zip(
-            at, response, response_terms(config, response), strict=True
-        ):
-            inside = low <= math.exp(now - then) <= high
-            gradient[row, t] = -w * advantage * inside
-            value, cut, tokens = value + token_value * inside, cut + (not inside), tokens + 1
+        response: Any = {t: tuple(column[t] for column in columns) for t in at}
+        inside = {t: x for t, x in response.items() if low <= math.exp(x[0] - x[1]) <= high}
+        cut, tokens = cut + len(response) - len(inside), tokens + len(response)
+        # The response's ratio leaves out what is outside, too.
+        for t, (w, token_value) in zip(inside, response_terms(config, [*inside.values()]), strict=True):
+            gradient[row, t] = -w * inside[t][2]
+            value += token_value
     return gradient, value, cut, tokens
 
 
@@ -109,6 +109,24 @@ def test_masked_sampler_logprobs_may_be_anything() -> None:
         rollout = batch["rollout_logprobs"].masked_fill(~batch["loss_mask"], garbage)
         _, gradient, _ = differentiate(batch | {"rollout_logprobs": rollout}, config)
         assert torch.equal(gradient, right)
+
+
+@pytest.mark.parametrize("bad", [-30.0, -math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_token_outside_the_band_changes_no_other_tokens_gradient(
+    objective: str, advantage: float, bad: float
+) -> None:
+    batch, config = make_batch(), PolicyLossConfig(objective=objective, anchor="rollout", anchor_band=BAND)
+    batch["advantages"] = torch.full((4, 5), advantage, dtype=torch.float64)
+    at = tuple(batch["loss_mask"].nonzero()[4].tolist())
+    rollout, mask = batch["rollout_logprobs"].clone(), batch["loss_mask"].clone()
+    rollout[at], mask[at] = bad, False
+    out, gradient, _ = differentiate(batch | {"rollout_logprobs": rollout}, config)
+    _, without, _ = differentiate(batch | {"loss_mask": mask}, config)
+    assert gradient[at] == 0
+    torch.testing.assert_close(gradient, without, rtol=1e-12, atol=1e-14)
+    assert math.isfinite(out.loss_sum)
 
 
 def test_a_token_that_became_impossible_is_outside_every_band() -> None:

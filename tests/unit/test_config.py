@@ -206,6 +206,36 @@ def test_what_one_update_makes_inert(path: Path, overrides: str, parts: list[str
 
 
 @pytest.mark.parametrize(
+    ("overrides", "warnings"),
+    [
+        (
+            "loss.objective=gspo loss.dual_clip=3 loss.rollout_ratio_high=5",
+            [
+                "loss.dual_clip=3.0 has no effect with objective=gspo",
+                "loss.rollout_ratio_high=5.0 has no effect with rollout_correction=none",
+            ],
+        ),
+        ("loss.objective=gspo loss.dual_clip=null", []),
+        (
+            "loss.objective=sapo loss.entropy_quantile=0.8",
+            ["loss.entropy_quantile=0.8 has no effect with objective=sapo"],
+        ),
+        ("loss.objective=sapo loss.entropy_quantile=0.8 loss.kl_tokens=low_entropy loss.kl_coef=0.1", []),
+        (
+            "loss.entropy_quantile=0.8 loss.kl_tokens=low_entropy",
+            ["loss.kl_tokens=low_entropy has no effect with kl_coef=0"],
+        ),
+        (
+            "loss.rollout_correction=truncate loss.rollout_ratio_low=0.3 loss.rollout_ratio_high=5",
+            ["loss.rollout_ratio_low=0.3 has no effect with rollout_correction=truncate"],
+        ),
+    ],
+)
+def test_warnings_about_settings_without_effect(path: Path, overrides: str, warnings: list[str]) -> None:
+    assert config_warnings(load_config(path, overrides.split())) == warnings
+
+
+@pytest.mark.parametrize(
     ("overrides", "setting"),
     [
         ("rollout.top_p=0.9", "rollout.top_p=0.9"),

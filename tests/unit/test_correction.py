@@ -161,6 +161,23 @@ def test_extreme_mismatch_stays_finite(log_ratio: float) -> None:
     assert torch.isfinite(out.loss_sum)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"kind": "mask"}, {"kind": "truncate"}, {"kind": "none", "veto": 0.1}, {"kind": "none", "band": (0.01, 100.0)}],
+)
+def test_a_token_without_a_sampler_logprob_is_left_out(setting: dict[str, Any]) -> None:
+    batch = make_batch()
+    right = differentiate(batch, config_of(**setting))[1]
+    batch["rollout_logprobs"][0, 1] = math.nan
+    out, gradient, _ = differentiate(batch, config_of(**setting))
+    assert abs(gradient[0, 1].item()) < 1e-8  # ratio e^-20
+    dropped = setting["kind"] == "none"
+    assert numbers(out.metrics)["rollout_dropped" if dropped else "rollout_ratio"][0] > 0
+    torch.testing.assert_close(gradient[1:], right[1:], rtol=0, atol=0)
+    assert gradient[0].eq(0).all() if dropped else torch.equal(gradient[0, 2:], right[0, 2:])
+    assert math.isfinite(out.loss_sum)
+
+
 @pytest.mark.parametrize("kind", ["truncate", "mask"])
 def test_a_sampler_that_agrees_changes_nothing(kind: str) -> None:
     batch = make_batch()

@@ -33,6 +33,13 @@ same_as_response_mean_is = Objective(
     lambda x, config: response_mean_is(x, config), response_ratio="arithmetic", dual_clip=None
 )
 
+def inverse_probability(x, config):
+    return TokenTerms.from_weight(x, -1 / torch.expm1(x.logprobs))  # finite for every probability below 1
+
+self_normalised = Objective(
+    lambda x, config: TokenTerms.from_weight(x, x.ratio / x.sequence_ratio), response_ratio="arithmetic"
+)
+
 def cap(x, config):
     return TokenTerms.from_weight(x, torch.full_like(x.ratio, 0.0 if config.dual_clip is None else config.dual_clip))
 
@@ -139,6 +146,24 @@ def test_the_gradient_is_the_weight_times_the_advantage() -> None:
     expected = torch.where(batch["loss_mask"], -0.5 * batch["advantages"], 0.0)
     assert torch.equal(grad, expected)
     assert out.loss_sum.item() == pytest.approx((expected * batch["logprobs"]).sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["mine:inverse_probability", "mine:self_normalised"])
+def test_weights_need_no_value_at_masked_slots(objective: str) -> None:
+    """A second response without a trained token, as padding makes it, changes no gradient."""
+    batch, config = inputs(), PolicyLossConfig(objective=objective)
+    check_objective(config)
+    batch["loss_mask"][1] = False
+    out = policy_loss(config=config, **batch)
+    (grad,) = torch.autograd.grad(out.loss_sum, batch["logprobs"])
+    alone = {name: value[:1].detach() for name, value in batch.items()}
+    alone["logprobs"].requires_grad_()
+    first = policy_loss(config=config, **alone)
+    (expected,) = torch.autograd.grad(first.loss_sum, alone["logprobs"])
+    torch.testing.assert_close(grad, torch.cat([expected, torch.zeros_like(expected)]), rtol=1e-6, atol=0)
+    assert out.loss_sum.item() == pytest.approx(first.loss_sum.item(), rel=1e-5)
+    assert first.loss_sum.item() != 0
+    assert all(number.isfinite().all() for number in fused(objective))
 
 
 WRONG = {

@@ -11,8 +11,9 @@ import torch
 from scalar_losses import differentiate, numbers, response_terms, scalar_terms
 from torch import Tensor
 
-from megatron_aspo.config.loss import Aggregation, ObjectiveName, PolicyLossConfig
+from megatron_aspo.config.loss import WITHOUT_CAP, WITHOUT_RANGE, Aggregation, ObjectiveName, PolicyLossConfig
 from megatron_aspo.loss import policy_loss
+from megatron_aspo.loss.objectives import TokenInputs, find_objective, token_terms
 from megatron_aspo.loss.responses import Responses
 
 OBJECTIVES = get_args(ObjectiveName)
@@ -467,3 +468,19 @@ def test_cispo_counts_held_ratios(ratio: float, clipped: int) -> None:
     inputs |= {"advantages": tensor64([1.0]), "loss_mask": torch.tensor([1])}
     out, _, _ = differentiate(inputs, config_of("cispo", clip_high=0.3))
     assert numbers(out.metrics)["clip_fraction_pos"] == (clipped, 1)
+
+
+def weights(objective: str, dual_clip: float, clip: float) -> Tensor:
+    """On ratios from e^-5 to e^5 with both signs of the advantage, of tokens with probability 0.5."""
+    ratio = torch.linspace(-5, 5, 41, dtype=torch.float64).exp().repeat(2)
+    advantages = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat_interleave(41)
+    x = [torch.full_like(ratio, value) for value in (math.log(0.5), clip)]
+    found, config = find_objective(PolicyLossConfig(objective=objective, dual_clip=dual_clip))
+    return token_terms(found, TokenInputs(x[0], ratio, advantages, x[1], x[1], ratio), config).weight
+
+
+@pytest.mark.parametrize("objective", get_args(ObjectiveName))
+def test_objectives_without_a_cap_or_a_clip_range(objective: str) -> None:
+    usual = weights(objective, 1.5, 0.2)
+    assert torch.equal(usual, weights(objective, 100.0, 0.2)) == (objective in WITHOUT_CAP)
+    assert torch.equal(usual, weights(objective, 1.5, 0.7)) == (objective in WITHOUT_RANGE)

@@ -39,7 +39,7 @@ PANELS = (
     Panel("KL to the reference policy, nats per token", {"": "loss/kl"}),
     Panel("KL to the anchor of the ratio, nats per token", {"": "loss/approx_kl"}),
     Panel("Gradient norm, unclipped", {"mean": "optimizer/grad_norm", "largest": "optimizer/grad_norm_max"}),
-    Panel("Policy loss per token", {"": "loss/value"}),
+    Panel("Policy loss", {"": "loss/value"}),
     Panel("Response length, tokens", {"": "rollout/response_length"}),
     Panel("Turns per response", {"": "rollout/turns"}),
     Panel("Bad responses", {"repetitive": "rollout/repetition", "cut off": "rollout/truncated"}, percent=True),
