@@ -105,6 +105,7 @@ class Channel:
         """
         self.send(None)
         if self.role == "training":
+            self.lanes.end()
             self.receive()
         else:
             self._wait_for_the_end()

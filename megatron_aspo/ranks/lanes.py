@@ -6,6 +6,7 @@ for tensors on GPUs.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from concurrent.futures import Future
@@ -24,6 +25,9 @@ ROLES: tuple[Role, Role] = ("training", "rollout")
 
 WEIGHTS, SAMPLES = 0, 1
 """Tags of what a lane carries. Tensors with one tag arrive in the order of their sends."""
+
+END = torch.tensor([-1, 0])
+"""Header after the last weights: of no version, and of no bytes."""
 
 CONNECT = timedelta(minutes=30)
 """Time limit of a connection. A transfer may take as long as training or generation."""
@@ -78,6 +82,7 @@ class Lanes:
             for device in sorted({_HOST.type, self.device.type}):
                 lane = dist.PrefixStore(f"{device} lane {training} {rollout}", store)
                 self._groups[device, peer] = _FACTORIES[device](lane, self._side)
+        self._ends: list[Any] = []
         self._sends: queue.SimpleQueue[tuple[Any, Tensor, Future[None]]] = queue.SimpleQueue()
         threading.Thread(target=self._finish_sends, name="lanes", daemon=True).start()
 
@@ -100,6 +105,12 @@ class Lanes:
         else:
             self._sends.put((work, tensor, done))
         return done
+
+    def end(self) -> None:
+        """Send every peer the header that follows the last weights. Nothing waits for it: a peer may never ask."""
+        for peer in self.peers:
+            with contextlib.suppress(RuntimeError):  # the peer has ended
+                self._ends.append(self._groups[_HOST.type, peer].send([END], 1 - self._side, WEIGHTS))
 
     def receive(self, peer: int, tensor: Tensor, tag: int, limit: timedelta | None = None) -> Tensor:
         """Fill a contiguous tensor with the next one that the peer sends; return it.

@@ -215,6 +215,7 @@ def serve(config: RunConfig, channel: Channel, reward: Reward | None = None, sou
                         in_progress = [group.prompt.id for group in pool.groups] if pool else []
                         channel.send((replace(batch, groups=[]), sizes, to_table(samples), in_progress))
                         send(channel.lanes, samples)
+            weights.close()
     except PeerLostError:
         raise
     except (UserError, RunError) as error:

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_aspo.errors import RunError
 from megatron_aspo.ranks.channel import Channel
 from megatron_aspo.ranks.gathering import gather_objects
-from megatron_aspo.ranks.lanes import WEIGHTS
+from megatron_aspo.ranks.lanes import END, WEIGHTS
 from megatron_aspo.rollout.weight_sync import Checksum, PolicyWeights, Weight, check_layout, checksum
 
 _FOREVER = timedelta(days=3650)
@@ -106,6 +106,7 @@ class ReceivedWeights:
         self._channel, self._with_checksums = channel, with_checksums
         self._layout: list[Bucket] = []
         self._staged: dict[int, queue.Queue[Any]] = {}
+        self._threads: list[threading.Thread] = []
         self._one_bucket = threading.Lock()
 
     def weights(self) -> Iterator[Weight]:
@@ -116,13 +117,21 @@ class ReceivedWeights:
         """
         for peer in self._channel.lanes.peers if not self._staged else ():
             self._staged[peer] = queue.Queue()
-            threading.Thread(target=self._stage, args=(peer,), name=f"weights {peer}", daemon=True).start()
+            # Daemons: a rank that fails ends while the training ranks go on.
+            thread = threading.Thread(target=self._stage, args=(peer,), name=f"weights {peer}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
         if not self._layout:
             self._layout = self._channel.receive()
         for bucket in self._layout:
             yield from unpacked(self._next(bucket), bucket.tensors)
         if self._with_checksums:
             self.sent_checksums = self._channel.receive()
+
+    def close(self) -> None:
+        """Return when nothing waits for weights any more. The training ranks must be closing the channel."""
+        for thread in self._threads:  # one that is inside torch when Python ends would abort the process
+            thread.join()
 
     @property
     def is_staged(self) -> bool:
@@ -142,6 +151,8 @@ class ReceivedWeights:
         try:
             while True:
                 version, size = lanes.receive(peer, header, WEIGHTS, _FOREVER).tolist()
+                if [version, size] == END.tolist():
+                    return
                 with self._one_bucket:  # beside vLLM's caches
                     flat = lanes.receive(peer, torch.empty(size, dtype=torch.uint8, device=lanes.device), WEIGHTS)
                     flat = torch.empty_like(flat, device="cpu", pin_memory=True).copy_(flat) if on_gpu else flat
