@@ -68,13 +68,19 @@ class ASPOLossFn(ClippedPGLossFn):
             _, metrics = super().__call__(next_token_logprobs, data, global_valid_seqs, global_valid_toks)
         mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
         kept = data.get("curr_logprobs_keep_mask")  # where top-k or top-p left the token its probability
+        advantages, sampler = data["advantages"][:, 1:], None
+        if self.policy_loss.anchor == "rollout":
+            sampler = data["generation_logprobs"][:, 1:]
+            known = sampler.isfinite()  # other tokens have no gradient, as in ClippedPGLossFn
+            advantages = advantages.masked_fill(~known, 0.0)
+            sampler = torch.where(known, sampler, next_token_logprobs.detach())
         out = policy_loss(
             next_token_logprobs,
             data["prev_logprobs"][:, 1:],
-            data["advantages"][:, 1:],
+            advantages,
             mask if kept is None else mask * kept,
             self.policy_loss,
-            rollout_logprobs=data["generation_logprobs"][:, 1:] if self.policy_loss.anchor == "rollout" else None,
+            rollout_logprobs=sampler,
         )
         token_level = self.loss_type == LossType.TOKEN_LEVEL
         loss = out.loss_sum / (global_valid_toks if token_level else global_valid_seqs).clamp(min=1)

@@ -224,6 +224,24 @@ def test_anchored_at_the_sampler_the_ratio_is_to_its_log_probs(adapter: Any) -> 
         adapter.ASPOLossFn(config(use_cispo=True), loss={"anchor": "rollout"})
 
 
+@pytest.mark.parametrize("missing", [torch.nan, -torch.inf])
+def test_a_token_without_the_samplers_log_prob_has_no_gradient(adapter: Any, missing: float) -> None:
+    """ClippedPGLossFn weighs it by 0, too."""
+    data, logprobs = batch()
+    mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
+    data["advantages"][0] *= -1
+    signs = (data["advantages"][:, 1:] * mask)[:, 2:4].sign()
+    assert (signs.min(), signs.max()) == (-1, 1)
+    loss_fn, gradients = adapter.ASPOLossFn(config(), loss={"anchor": "rollout"}), []
+    for name, value in (("generation_logprobs", missing), ("advantages", 0)):
+        changed = {**data, name: data[name].clone()}
+        changed[name][:, 3:5] = value
+        loss, _ = loss_fn(logprobs, changed, (mask.sum(1) > 0).sum(), mask.sum())
+        gradients.append(torch.autograd.grad(loss, logprobs)[0])
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0.01
+
+
 @pytest.mark.parametrize("kind", ["tis", "icepop", "seq-mask-tis"])
 def test_the_anchors_band_replaces_truncated_importance_sampling(adapter: Any, kind: str) -> None:
     given = {"type": kind, "ratio": 2.0, "ratio_min": 0.5}

@@ -38,13 +38,17 @@ def aspo_loss(
         **slime_loss.get_rollout_top_p_logprob_kwargs(args, batch),
     )
     logprobs, entropy = torch.cat(by_sample["log_probs"]), torch.cat(by_sample["entropy"])
-    now, rollout = logprobs.detach(), batch.get("rollout_log_probs")
+    now, old, rollout = logprobs.detach(), batch.get("log_probs"), batch.get("rollout_log_probs")
     if args.use_rollout_logprobs and not rollout:
         raise ValueError("--use-rollout-logprobs: the rollout gave no rollout_log_probs; return them, or leave it out")
-    old = rollout if args.use_rollout_logprobs else batch.get("log_probs")
     old_logprobs = torch.cat(old) if old else now
     advantages = torch.cat(batch["advantages"])
     check_shapes(logprobs.shape, "one for each token of the responses", advantages=advantages)
+    if rollout:
+        sampler = torch.cat(rollout)
+        known = sampler.isfinite()
+        if args.use_rollout_logprobs:  # a token whose log-prob the sampler did not give has no gradient
+            old_logprobs, advantages = torch.where(known, sampler, now), advantages.masked_fill(~known, 0.0)
 
     # A linear reduction is a weight of each token, which may multiply the advantage.
     with torch.enable_grad():
@@ -66,7 +70,7 @@ def aspo_loss(
     }
     if rollout:
         against = now if args.use_rollout_logprobs else old_logprobs
-        reported["train_rollout_logprob_abs_diff"] = (against - torch.cat(rollout)).abs()
+        reported["train_rollout_logprob_abs_diff"] = torch.where(known, (against - sampler).abs(), 0.0)
     if args.use_kl_loss:  # of weight 0: for its metric
         reference, weight = torch.cat(batch["ref_log_probs"]), ratio if args.use_unbiased_kl else None
         reported["kl_loss"] = slime_loss.compute_approx_kl(now, reference, args.kl_loss_type, weight)

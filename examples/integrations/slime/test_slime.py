@@ -306,6 +306,25 @@ def test_the_samplers_log_probs(aspo_loss: Callable[..., Any], by_rollout: bool)
         assert log["train_rollout_logprob_abs_diff"].item() == pytest.approx(shift)
 
 
+@pytest.mark.parametrize("missing", [torch.nan, -torch.inf])
+def test_a_token_without_the_samplers_log_prob_has_no_gradient(aspo_loss: Callable[..., Any], missing: float) -> None:
+    given, logits = batch()
+    reduce = reduction(given["loss_masks"], True)
+    found = []
+    for name, value in (("rollout_log_probs", missing), ("advantages", 0)):
+        changed = {**given, "rollout_log_probs": [one + 0.5 for one in given["log_probs"]]}
+        changed[name] = [one.clone() for one in changed[name]]
+        for sample in changed[name][:2]:  # the advantage of the first is positive, of the second negative
+            sample[0] = value
+        loss, log = aspo_loss(arguments(use_rollout_logprobs=True), changed, logits, reduce)
+        found.append((torch.autograd.grad(loss, logits)[0], {name: log[name] for name in ("loss", "pg_clipfrac")}))
+        assert all(value.isfinite() for value in log.values()), log
+        _, log = aspo_loss(arguments(), changed, logits, reduce)  # where it is only compared
+        assert all(value.isfinite() for value in log.values()), log
+    torch.testing.assert_close(*found)
+    assert found[0][0].abs().max() > 0.01
+
+
 def test_clips_and_cap_are_the_arguments(aspo_loss: Callable[..., Any]) -> None:
     given, logits = batch()
     reduce = reduction(given["loss_masks"], True)
