@@ -27,7 +27,7 @@ HELP = {
     "eval": "evaluate a checkpoint on the held-out prompts or on benchmarks",
     "export": "write a checkpoint as a Hugging Face folder",
     "check-rollout": "compare the rollout engine's log-probs with the trainer's; exit code 1 on a mismatch",
-    "plan": "rehearse a step of a run on GPUs that are not there, and print its memory, time and faults",
+    "plan": "rehearse a step of a run on simulated GPUs, and print its memory, time and faults",
     "report": "write the report of a run, or of several runs to compare",
     "doctor": "check this machine; exit code 1 if a check fails",
     "gpu-check": "run the program's parts on this machine's GPUs; exit code 1 if one fails",
