@@ -17,7 +17,10 @@ end() { # EXIT_CODE MESSAGE
 KNOWN="RECIPE COMMAND CONTAINER CONTAINER_MOUNTS PYTHON LAUNCHER MAX_RESTARTS MAX_CRASHES NODE_CHECK SLURM_WAIT OFFLINE DRY_RUN"
 sbatch_line() { sed -n "s/^#SBATCH --$1=//p" "$0"; } # default for a dry run, which has no Slurm variables
 JOB_NAME=${SLURM_JOB_NAME:-$(sbatch_line job-name)}
-ARGS=() NAME='' OUTPUT_DIR=runs
+ARGS=() NAME='' OUTPUT_DIR=
+for word in "$@"; do # first, because options are refused without it
+  [[ $word != COMMAND=* ]] || COMMAND=${word#*=}
+done
 [[ $JOB_NAME == "$(sbatch_line job-name)" ]] || NAME=$JOB_NAME
 for word in "$@"; do
   case $word in
@@ -45,8 +48,11 @@ if [[ ! -f $RECIPE ]]; then
   RECIPE=examples/$RECIPE.yaml
 fi
 # Each recipe has its own run folder, in which the commands that take the recipe find it.
-[[ -n $NAME ]] || NAME=$(sed -n "s/^name: *[\"']\?\([^\"' #]*\).*/\1/p" "$RECIPE")
+of_recipe() { sed -n "s/^$1: *[\"']\?\([^\"' #]*\).*/\1/p" "$RECIPE"; }
+[[ -n $NAME ]] || NAME=$(of_recipe name)
 [[ -n $NAME ]] || NAME=$(basename "$RECIPE" .yaml)
+[[ -n $OUTPUT_DIR ]] || OUTPUT_DIR=$(of_recipe output_dir)
+OUTPUT_DIR=${OUTPUT_DIR:-runs}
 RUN_DIR=$(realpath -m "$OUTPUT_DIR/$NAME")
 LOG_DIR=$RUN_DIR/logs/$JOB-$ATTEMPT
 MAX_RESTARTS=${MAX_RESTARTS:-20} MAX_CRASHES=${MAX_CRASHES:-3} SLURM_WAIT=${SLURM_WAIT:-120} CONTAINER=${CONTAINER:-}
@@ -118,11 +124,14 @@ export PET_NODE_RANK=$SLURM_NODEID PET_MASTER_ADDR=$MASTER_ADDR PET_MASTER_PORT=
 trap "kill \$agent" TERM
 trap "kill -USR1 \$(</proc/$agent/task/$agent/children)" USR1
 while :; do wait $agent; code=$?; kill -0 $agent 2>/dev/null || exit $code; done'
-CHECK=("${STEP[@]}" --ntasks="$NODES" --ntasks-per-node=1 --time=15 --output="$LOG_DIR/check-node%n.log"
+# --wait=0: the first node names a node whose task has ended, after its patience.
+CHECK=("${STEP[@]}" --ntasks="$NODES" --ntasks-per-node=1 --time=15 --wait=0 --output="$LOG_DIR/check-node%n.log"
   bash -c "$rank" rank "$PYTHON" -m megatron_aspo.commands.node_check --ranks "$RANKS" --log-dir "$LOG_DIR" "${SETTINGS[@]}")
 case ${LAUNCHER:=srun} in
   srun)
+    # block: a node's first ranks, and GPUs, belong to its first socket. srun would alternate between sockets.
     START=("${STEP[@]}" --ntasks="$RANKS" --ntasks-per-node="$TASKS_PER_NODE" --output="$LOG_DIR/node%n-rank%t.log"
+      --distribution="${SLURM_DISTRIBUTION:-block:block}"
       bash -c "$rank" rank "$PYTHON" "${RUN[@]}")
     ;;
   torchrun)
@@ -151,18 +160,22 @@ saved_since() { # FILE
   [[ -n $newest && $newest/meta.json -nt $1 ]]
 }
 
+persist() { # COMMAND...: tries three times, because a busy controller answers late
+  "$@" || { sleep 3 && "$@"; } || { sleep 3 && "$@"; }
+}
+
 requeue() { # REASON [NODES TO EXCLUDE]
   ((ATTEMPT < MAX_RESTARTS)) ||
     end 75 "$1; not requeued: MAX_RESTARTS=$MAX_RESTARTS is reached; submit the job again"
   trap '' TERM # requeueing sends TERM to this script
   if [[ -z ${2:-} ]]; then
-    scontrol requeue "$JOB" || end 75 "$1; Slurm cannot requeue the job: submit it again, or let the next job of its chain continue"
+    persist scontrol requeue "$JOB" || end 75 "$1; Slurm cannot requeue the job: submit it again, or let the next job of its chain continue"
   else
     local excluded
     excluded=$(scontrol --oneliner show job "$JOB" | sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p')
-    scontrol requeuehold "$JOB" || end 75 "$1; submit it again with --exclude=$2"
+    persist scontrol requeuehold "$JOB" || end 75 "$1; submit it again with --exclude=$2"
     until scontrol update "JobId=$JOB" "ExcNodeList=$2${excluded:+,$excluded}" 2>/dev/null; do sleep 1; done
-    scontrol release "$JOB"
+    until scontrol release "$JOB"; do sleep 1; done
   fi
   end 75 "$1; requeued"
 }
@@ -172,12 +185,19 @@ on_usr1() { # repeats the signal, because ranks that are still starting ignore i
   say "stop signal received; the ranks finish their step and save"
   stop=USR1
   [[ -z ${nag:-} ]] || return 0
-  while scancel --signal=USR1 "$JOB"; do sleep 5; done 2>/dev/null &
+  while kill -0 $$; do scancel --signal=USR1 "$JOB" || true && sleep 5; done 2>/dev/null &
   nag=$!
+  local limit
+  limit=$(scontrol --oneliner show job "$JOB" | sed -n 's/.* EndTime=\([0-9][^ ]*\).*/\1/p')
+  [[ -z $limit ]] || { late "$(date -d "$limit" +%s)" & last_call=$!; }
+}
+late() { # END: Slurm does not requeue a job that reaches its time limit
+  while (($(date +%s) < $1 - 30)); do sleep 5; done
+  requeue "the step outlasts the time limit"
 }
 trap on_usr1 USR1
 trap 'stop=TERM' TERM # Slurm ends the job: it has signalled the ranks and decided about a requeue
-trap 'kill ${nag:-} 2>/dev/null || true' EXIT
+trap 'kill ${nag:-} ${last_call:-} 2>/dev/null || true' EXIT
 trap 'say "line $LINENO of body.sh failed"' ERR
 
 in_step() { # COMMAND...: returns its exit code; traps run while it waits
@@ -195,7 +215,9 @@ mkdir -p "$LOG_DIR" "$HF_HOME"
 ((ATTEMPT <= MAX_RESTARTS)) || end 75 "MAX_RESTARTS=$MAX_RESTARTS is exceeded; submit the job again"
 if [[ $COMMAND == train ]]; then
   owner=$(cat "$RUN_DIR/logs/job" 2>/dev/null || echo "$JOB")
-  [[ $owner == "$JOB" || -z $(squeue --noheader --states=R,CG --jobs="$owner" 2>/dev/null) ]] ||
+  # The next job of a chain may start while nodes of the last one are still being cleaned.
+  while [[ $owner != "$JOB" && -n $(squeue --noheader --states=CG --jobs="$owner" 2>/dev/null) ]]; do sleep 5; done
+  [[ $owner == "$JOB" || -z $(squeue --noheader --states=R,S --jobs="$owner" 2>/dev/null) ]] ||
     end 2 "job $owner writes to $RUN_DIR; wait for it (--dependency=singleton), or set another --job-name"
   echo "$JOB" >"$RUN_DIR/logs/job"
 fi
@@ -230,11 +252,17 @@ while :; do
       end "$rc" "$COMMAND ended with code $rc"
     fi
     rm -f "$RUN_DIR/interrupted"
-    [[ -f $RUN_DIR/logs/$JOB.started ]] || touch "$RUN_DIR/logs/$JOB.started"
+    started=$RUN_DIR/logs/$JOB.started
+    [[ -f $started ]] || touch "$started"
     touch "$LOG_DIR/started"
-    # The user's checkpoint.resume=PATH holds until this job has saved. Later attempts continue from the job's checkpoint.
-    again=()
-    ! saved_since "$RUN_DIR/logs/$JOB.started" || again=(checkpoint.resume=auto)
+    # The user's checkpoint.resume=PATH holds until the run has saved, =never until this job has. Later attempts, and jobs
+    # with the same PATH, continue from that checkpoint.
+    from=$started again=()
+    for word in "${ARGS[@]}"; do
+      [[ $word != checkpoint.resume=*/* ]] || from=$RUN_DIR/logs/resume resume=$word
+    done
+    [[ $from == "$started" || $(cat "$from" 2>/dev/null) == "$resume" ]] || echo "$resume" >"$from"
+    ! saved_since "$from" || again=(checkpoint.resume=auto)
     in_step "${START[@]}" ${again[@]+"${again[@]}"} || rc=$?
     [[ ! -f $RUN_DIR/interrupted ]] || [[ $stop == TERM ]] || requeue "step $(<"$RUN_DIR/interrupted") is saved"
     ((rc != 0)) || [[ -f $RUN_DIR/interrupted ]] || end 0 "trained to the end"
@@ -242,7 +270,8 @@ while :; do
   fi
   [[ $stop != TERM ]] || end 75 "ended by Slurm"
   [[ $stop != USR1 ]] || requeue "stopped, but the ranks exited with code $rc before they saved"
-  ((rc != 2)) || end 2 "$(tail -n 1 "$LOG_DIR/node0-rank0.log")"
+  # Settings that have trained before are sound: a file system that fails for a while also ends ranks with 2.
+  ((rc != 2)) || saved_since "$RUN_DIR/logs/$JOB.started" || end 2 "$(tail -n 1 "$LOG_DIR/node0-rank0.log")"
   crashes=$(($(cat "$RUN_DIR/logs/$JOB.crashes" 2>/dev/null || echo 0) + 1))
   echo "$crashes" >"$RUN_DIR/logs/$JOB.crashes"
   culprit=$(grep -lsE '^Traceback|^megatron-aspo: ' "$LOG_DIR"/*.log | head -n 1 || true)

@@ -49,6 +49,9 @@ def test_the_commands(script: str) -> None:
     nodes = SCRIPTS[script]
     assert {f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"} <= set(check)
     assert {f"--nodes={nodes}", f"--ntasks={8 * nodes}", "--ntasks-per-node=8"} <= set(train)
+    assert "--distribution=block:block" in train
+    waits = [[word for word in command if word.startswith("--wait=")][-1] for command in (check, train)]
+    assert waits == ["--wait=0", "--wait=120"]  # the check has its own patience
     (recipe,) = re.findall(r"^RECIPE=.*:-(\w+)", (ROOT / f"slurm/{script}.sh").read_text(), re.MULTILINE)
     name = load_config(ROOT / f"examples/{recipe}.yaml").name
     assert train[-4:] == [f"name={name}", "output_dir=runs", "checkpoint.resume=auto", "loss.clip_high=0.28"]
@@ -78,6 +81,10 @@ def test_a_name_is_read_from_a_file_of_the_users(named: str, tmp_path: Path) -> 
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"# name: no\n{named}\ndata:\n  name: no\n")
     assert " name=mine " in dry_run("aspo_32b", f"RECIPE={recipe}").stdout
+    recipe.write_text(f"{named}\noutput_dir: '/scratch/me'\n")
+    line = dry_run("aspo_32b", f"RECIPE={recipe}").stdout
+    assert " name=mine output_dir=/scratch/me " in line
+    assert "--output=/scratch/me/mine/logs/" in line
 
 
 def test_another_command_gets_its_options_and_the_node_check_settings_alone() -> None:
@@ -86,6 +93,8 @@ def test_another_command_gets_its_options_and_the_node_check_settings_alone() ->
     named = ["name=qwen2_5_32b", "output_dir=runs"]
     assert check[-4:] == ["examples/qwen2_5_32b.yaml", *named, "rollout.temperature=1"]
     assert run[-7:] == ["megatron_aspo.commands.evaluate", "examples/qwen2_5_32b.yaml", *words[1:], *named]
+    options = dry_run("aspo_32b", "--checkpoint", "base", "COMMAND=eval")  # in any order
+    assert options.returncode == 0
     for command in MODULES:
         *_, run = (shlex.split(line) for line in dry_run("aspo_32b", f"COMMAND={command}").stdout.splitlines())
         assert f"megatron_aspo.commands.{MODULES[command]}" in run
@@ -108,33 +117,6 @@ def test_torchrun() -> None:
     train = shlex.split(done.stdout.splitlines()[1])
     assert {"--ntasks=4", "--ntasks-per-node=1", "torch.distributed.run", "examples/tiny.yaml"} <= set(train)
     assert train[train.index("--nproc-per-node") + 1] == "8"
-
-
-@pytest.mark.parametrize(("launcher", "cores"), [("srun", 12), ("torchrun", 96)])
-def test_the_steps_of_a_job_get_the_nodes_cores_and_a_hash_seed(launcher: str, cores: int, tmp_path: Path) -> None:
-    """A node has 96 cores and eight ranks, which torchrun starts within one task. Slurm's programs only write down how
-    they are called, and the node check's file is there already."""
-    recorder = "#!/bin/bash\n" + 'echo "$SRUN_CPUS_PER_TASK $PYTHONHASHSEED" >>"$CALLS"\n'
-    programs = {"srun": recorder, "scontrol": "#!/bin/bash\necho node0\n", "squeue": "#!/bin/bash\n"}
-    for name, text in programs.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    logs = tmp_path / "runs" / "mine" / "logs" / "7-0"
-    logs.mkdir(parents=True)
-    (logs / "rank.env").touch()
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"},
-        **{"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "HF_HOME": str(tmp_path)},
-        **{"SLURM_JOB_ID": "7", "SLURM_NNODES": "4", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_ON_NODE": "96"},
-        **{"SLURM_JOB_NODELIST": "node[0-3]", "SLURM_SUBMIT_DIR": str(ROOT)},
-    }
-    words = ["name=mine", f"output_dir={tmp_path}/runs", f"LAUNCHER={launcher}"]
-    command = ["bash", "slurm/aspo_32b.sh", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "trained to the end" in done.stdout
-    _, training = (tmp_path / "calls").read_text().splitlines()
-    assert training == f"{cores} 0"
 
 
 @pytest.mark.parametrize("path", ["slurm/body.sh", "examples/nemo_run/aspo.py"])
