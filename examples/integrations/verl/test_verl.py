@@ -189,6 +189,8 @@ def test_ppo_loss_is_the_mean_over_the_global_batch(mode: str, weighted: bool) -
     torch.testing.assert_close(gradient, at_once, rtol=1e-10, atol=1e-12)
     assert total == pytest.approx(loss, rel=1e-10)
     assert 0.1 < metrics["actor/clip_fraction_pos"].aggregate() < 0.9
+    # The reported loss has the loss's own mean, a sum over tokens the mean over tokens.
+    assert metrics["actor/value"].aggregate() == pytest.approx(loss / (mask.sum() if mode == "token-sum" else 1))
     torch.testing.assert_close(at_once, by_definition(rows, mode, config.loss_scale_factor), rtol=1e-9, atol=1e-12)
     assert bool((gradient[3] == 0).all())
 

@@ -56,13 +56,14 @@ for control in ("aspo_unmasked", "no_is_pos", "up", "tis", "no_is", "response_me
 
 
 def _means(metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Means over all tokens of the micro-batch, in one transfer from the GPU.
+    """Means over all tokens of the micro-batch, in one transfer from the GPU; `value` has the loss's own mean.
 
     verl averages over micro-batches, many of which have advantages of one sign only. Tokens of the other sign add 0 to
     a metric, and 1 to a ratio or weight.
     """
-    tokens = metrics["nll"][1].clamp(min=1e-6)
+    tokens = metrics["nll"][1]
     neutral = {name: tokens - pair[1] for name, pair in metrics.items() if name.startswith(("ratio_", "weight_"))}
     totals = [(total + neutral.get(name, 0)).double() for name, (total, _) in metrics.items()]
-    means = (torch.stack(totals) / tokens).tolist()
+    counts = [count if name == "value" else tokens for name, (_, count) in metrics.items()]
+    means = (torch.stack(totals) / torch.stack(counts).clamp(min=1e-6)).tolist()
     return {f"actor/{name}": mean for name, mean in zip(metrics, means, strict=True)}
