@@ -71,7 +71,7 @@ class ASPOLossFn(ClippedPGLossFn):
         advantages, sampler = data["advantages"][:, 1:], None
         if self.policy_loss.anchor == "rollout":
             sampler = data["generation_logprobs"][:, 1:]
-            known = sampler.isfinite()  # other tokens have no gradient, as in ClippedPGLossFn
+            known = sampler.isfinite()  # others have no gradient, as under ClippedPGLossFn's correction
             advantages = advantages.masked_fill(~known, 0.0)
             sampler = torch.where(known, sampler, next_token_logprobs.detach())
         out = policy_loss(

@@ -226,7 +226,7 @@ def test_anchored_at_the_sampler_the_ratio_is_to_its_log_probs(adapter: Any) -> 
 
 @pytest.mark.parametrize("missing", [torch.nan, -torch.inf])
 def test_a_token_without_the_samplers_log_prob_has_no_gradient(adapter: Any, missing: float) -> None:
-    """ClippedPGLossFn weighs it by 0, too."""
+    """ClippedPGLossFn's correction weighs it by 0, too."""
     data, logprobs = batch()
     mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
     data["advantages"][0] *= -1
