@@ -1,5 +1,6 @@
 """Independent reference for the tests: the table of weights and reported values, token by token in plain Python."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,18 +21,26 @@ def scalar_terms(
     high: Sequence[float],
     c: float | None,
     tau: tuple[float, float] = (1.0, 1.05),
+    band: tuple[float, float] | None = None,
 ) -> list[tuple[float, float]]:
-    """(weight, reported value) of every token of one response; `low`, `high`: the tokens' clip ranges."""
+    """(weight, reported value) of every token of one response; `low`, `high`: the tokens' clip ranges. Tokens outside
+    the `band` do not count in the response's ratio."""
     ratios = [math.exp(min(20.0, max(-20.0, logprob - old))) for logprob, old, _ in response]
-    mean_ratio = sum(ratios) / len(ratios)
-    mean_log_ratio = sum(logprob - old for logprob, old, _ in response) / len(response)
-    sequence_ratio = math.exp(min(10.0, mean_log_ratio))
+    least, most = band or (0.0, math.inf)
+    counted = [least <= r <= most for r in ratios]
+
+    def mean(values: Sequence[float], empty: float) -> float:
+        kept = list(itertools.compress(values, counted))
+        return sum(kept) / len(kept) if kept else empty
+
+    mean_ratio = mean(ratios, 1.0)
+    sequence_ratio = math.exp(min(10.0, mean([logprob - old for logprob, old, _ in response], 0.0)))
     terms: list[tuple[float, float]] = []
     clipped = [
         min(logprob - old, hi) if advantage > 0 else max(logprob - old, -lo)
         for (logprob, old, advantage), lo, hi in zip(response, low, high, strict=True)
     ]
-    clipped_ratio = math.exp(min(10.0, sum(clipped) / len(clipped)))
+    clipped_ratio = math.exp(min(10.0, mean(clipped, 0.0)))
     for (logprob, old, advantage), r, lo, hi in zip(response, ratios, low, high, strict=True):
         match objective:
             case "aspo":
@@ -138,7 +147,7 @@ def scalar_quantile(values: Sequence[float], q: float) -> float:
 def response_terms(
     config: PolicyLossConfig, response: Response, entropy: Sequence[float] = ()
 ) -> list[tuple[float, float]]:
-    """`scalar_terms` of one response, with the configuration's clip ranges and dual clip."""
+    """`scalar_terms` of one response, with the configuration's clip ranges, dual clip and band."""
     low, high = [config.clip_low] * len(response), [config.clip_high] * len(response)
     if config.entropy_quantile is not None and response:
         limit = scalar_quantile(entropy, config.entropy_quantile)
@@ -147,7 +156,7 @@ def response_terms(
     cap = config.dual_clip
     if cap == "default":
         cap = {"aspo": 3.0, "aspo_unmasked": 3.0, "tis": 2.0, "dppo": 20.0, "dppo_kl": 20.0}.get(config.objective)
-    return scalar_terms(config.objective, response, low, high, cap) if response else []
+    return scalar_terms(config.objective, response, low, high, cap, band=config.anchor_band) if response else []
 
 
 def rollout_factors(rhos: Sequence[float], config: PolicyLossConfig) -> tuple[list[float], list[bool], bool]:

@@ -42,13 +42,13 @@ def expected(batch: dict[str, Any], config: PolicyLossConfig) -> tuple[torch.Ten
     for row in range(4):
         at = batch["loss_mask"][row].nonzero()[:, 0].tolist()
         columns = [batch[name][row].tolist() for name in ("logprobs", "rollout_logprobs", "advantages")]
-        response: Any = {t: tuple(column[t] for column in columns) for t in at}
-        inside = {t: x for t, x in response.items() if low <= math.exp(x[0] - x[1]) <= high}
-        cut, tokens = cut + len(response) - len(inside), tokens + len(response)
-        # The response's ratio leaves out what is outside, too.
-        for t, (w, token_value) in zip(inside, response_terms(config, [*inside.values()]), strict=True):
-            gradient[row, t] = -w * inside[t][2]
-            value += token_value
+        response: Any = [tuple(column[t] for column in columns) for t in at]
+        for t, (now, then, advantage), (w, token_value) in zip(
+            at, response, response_terms(config, response), strict=True
+        ):
+            inside = low <= math.exp(now - then) <= high
+            gradient[row, t] = -w * advantage * inside
+            value, cut, tokens = value + token_value * inside, cut + (not inside), tokens + 1
     return gradient, value, cut, tokens
 
 
