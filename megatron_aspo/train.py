@@ -88,6 +88,7 @@ def train(
         ahead, groups = resume(resume_from, folder, policy, prompts, journal) if resume_from else ([], None)
         saver = checkpoint.Saver(folder, config.checkpoint)
         batches = Batches(policy, engine, prompts, scorer, config.rollout, done, steps, ahead, groups)
+        del ahead, groups  # they hold arrays of batches long after these are used
         engine.refit()
 
         def evaluate_and_record(step: int) -> None:
@@ -136,8 +137,8 @@ def train(
                 with clock("checkpoint"):
                     engine.sleep()
                     state = {"prompts": prompts.state_dict()}
-                    ahead, groups = batches.ahead(), batches.in_progress()
-                    saver.save(step, policy, state, ahead, groups, wait=stopping or step == steps)
+                    wait = stopping or step == steps
+                    saver.save(step, policy, state, batches.ahead(), batches.in_progress(), wait=wait)
                     if step < steps and not stopping:
                         engine.refit()
                 journal.record("checkpoint", step, steps, saver.published() | {"time/checkpoint": clock["checkpoint"]})

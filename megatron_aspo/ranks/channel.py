@@ -68,18 +68,19 @@ class Channel:
         if self._leads:
             self._post(torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8))
 
-    def receive(self) -> Any:
-        """Return the next message, on every rank of the role.
+    def receive(self, everywhere: bool = True) -> Any:
+        """Return the next message, on every rank of the role; without `everywhere` on its first rank, elsewhere None.
 
         Raises:
             PeerLostError: the other role has ended.
             UserError, RunError: the other role has failed (see `fail`).
         """
         payload = self._next()
-        message = self.share(None if payload is None else pickle.loads(payload.numpy().tobytes()))
-        if isinstance(message, _Failure):
-            raise message.kind(message.text)
-        return message
+        message = None if payload is None else pickle.loads(payload.numpy().tobytes())
+        shared = self.share(message if everywhere or isinstance(message, _Failure) else None)
+        if isinstance(shared, _Failure):
+            raise shared.kind(shared.text)
+        return message if self._leads else shared
 
     def peek(self) -> Any:
         """Return what the next `receive` returns if it has arrived, else None. For the role's first rank."""

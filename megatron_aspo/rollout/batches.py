@@ -133,7 +133,8 @@ class Batches:
         return batches
 
     def in_progress(self) -> dict[str, Any] | None:
-        """The groups that are in progress after the batches of `ahead`, on rank 0, for a checkpoint. Collective."""
+        """The groups that are in progress after the batches of `ahead`, on rank 0, for a checkpoint; elsewhere without
+        their responses. None on all ranks or on none. Collective."""
         if self.config.oversample == 1:
             return None
         return self._pool.state_dict() if self._pool else self.engine.groups()

@@ -63,7 +63,7 @@ class RemoteEngine:
         self._sender = WeightSender(self._source, channel, config.refit_bucket_mb << 20, config.refit_checksum)
         self._sent_version: int | None = None
         self._known: dict[int, Prompt] = {}  # drawn, and in no batch yet
-        self._unanswered: deque[tuple[Future[Any], Callable[[Any], Any]]] = deque()
+        self._unanswered: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         channel.receive()
 
     def generate(
@@ -74,7 +74,7 @@ class RemoteEngine:
         if not self.config.environment:  # only their tokens are sampled from
             prompts = [replace(prompt, text="", entry={}) for prompt in prompts]
         arguments = prompts, responses_per_prompt, temperature, first_group
-        return self.receive(self._request(lambda table: self._read(table, known), "generate", *arguments))
+        return self.receive(self._request(lambda: self._read(self.channel.receive(), known), "generate", *arguments))
 
     def refit(self) -> None:
         """Send the policy's current weights, for all requests that follow; nothing if they were sent last. Collective.
@@ -98,8 +98,8 @@ class RemoteEngine:
             self.channel.send(("set_groups", groups))
 
     def groups(self) -> dict[str, Any]:
-        """The groups that are in progress after the batches requested earlier."""
-        return self.receive(self._request(lambda state: state, "groups"))
+        """The groups that are in progress after the batches requested earlier, on rank 0; elsewhere {}."""
+        return self.receive(self._request(lambda: self.channel.receive(everywhere=False) or {}, "groups"))
 
     def request_batch(self) -> Future[Batch]:
         """Have the next batch sampled with the weights of the last `refit`; pass the result to `receive`."""
@@ -109,11 +109,11 @@ class RemoteEngine:
         """Wait for an answer. Answers come in the order of their requests."""
         while not answer.done():
             first, read = self._unanswered.popleft()
-            first.set_result(read(self.channel.receive()))
+            first.set_result(read())
         return answer.result()
 
-    def _request(self, read: Callable[[Any], Any], name: str, *arguments: Any) -> Future[Any]:
-        """Send a request, whose answer `read` turns into the result."""
+    def _request(self, read: Callable[[], Any], name: str, *arguments: Any) -> Future[Any]:
+        """Send a request, whose answer `read` receives and turns into the result."""
         self.channel.send((name, *arguments))
         self._unanswered.append((Future(), read))
         return self._unanswered[-1][0]
@@ -121,8 +121,8 @@ class RemoteEngine:
     def _read(self, table: Tensor, prompts: Mapping[int, Prompt]) -> list[Sample]:
         return receive(self.channel.lanes, from_table(table, prompts), self.tokenizer)
 
-    def _read_batch(self, answer: tuple[Batch, list[int], Tensor, list[int]]) -> Batch:
-        batch, sizes, table, in_progress = answer
+    def _read_batch(self) -> Batch:
+        batch, sizes, table, in_progress = self.channel.receive()
         self._known |= self._draw(batch.prompts)
         samples = iter(self._read(table, self._known))
         self._known = {number: self._known[number] for number in in_progress}
@@ -200,8 +200,8 @@ def serve(config: RunConfig, channel: Channel, reward: Reward | None = None, sou
                         send(channel.lanes, samples)
                     case "set_stream", state:
                         prompts.load_state_dict(state)
-                    case "set_groups", groups if pool is not None:
-                        pool.load_state_dict(groups)
+                    case ("set_groups", _) if pool is not None:
+                        pool.load_state_dict(message[1])  # a name would keep the other replicas' responses for good
                     case ("groups",) if pool is not None:
                         channel.send(pool.state_dict())
                     case ("sample_batch",):

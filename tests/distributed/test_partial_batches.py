@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from ranks import ends, run, tiny_run, without_times
 
+from megatron_aspo import train as loop
 from megatron_aspo.config.loss import PolicyLossConfig
 from megatron_aspo.config.rollout import RolloutConfig
 from megatron_aspo.config.run import RunConfig
@@ -21,6 +23,7 @@ from megatron_aspo.config.training import CheckpointConfig, EvalConfig, Optimize
 from megatron_aspo.data import PromptStream
 from megatron_aspo.data.tokenizer import AsciiTokenizer
 from megatron_aspo.journal.log import read_metrics, read_samples
+from megatron_aspo.policy.checkpoint import Saver
 from megatron_aspo.policy.saved_batches import load_groups
 from megatron_aspo.ranks.process_group import distributed
 from megatron_aspo.rollout.partial import steps_behind
@@ -109,3 +112,37 @@ def test_a_killed_run_goes_on_to_the_bit_and_takes_every_prompt_once(tmp_path: P
     assert trained == Counter(prompt.text for prompt in stream.draw(trained.total()))
     assert len(lines) == 4 * STEPS
     assert len(groups["groups"]) == 2
+
+
+def count_groups(config: RunConfig) -> tuple[int, list[int]]:
+    """Train; return how many groups were loaded from a checkpoint or saved to one, and after each step's sampling how
+    many of them are in memory."""
+    seen, alive = list[weakref.ref[Any]](), list[int]()
+    load, save, split = loop.load_groups, Saver.save, loop.split_into_mini_batches
+
+    def load_and_note(path: Path) -> Any:
+        groups: Any = load(path)
+        seen.extend(weakref.ref(group) for group in groups["groups"])
+        return groups
+
+    def save_and_note(self: Any, step: int, policy: Any, state: Any, batches: Any, groups: Any, *, wait: bool) -> None:
+        seen.extend(weakref.ref(group) for group in groups["groups"])
+        save(self, step, policy, state, batches, groups, wait=wait)
+
+    def split_and_count(groups: Any, count: int) -> Any:
+        alive.append(sum(reference() is not None for reference in seen))
+        return split(groups, count)
+
+    setattr(loop, "load_groups", load_and_note)  # noqa: B010
+    setattr(Saver, "save", save_and_note)  # noqa: B010
+    setattr(loop, "split_into_mini_batches", split_and_count)  # noqa: B010
+    train_whole(config)
+    return len(seen), alive
+
+
+def test_the_groups_of_a_checkpoint_leave_memory(tmp_path: Path) -> None:
+    part = config(tmp_path, "part")
+    part = replace(part, train=replace(part.train, steps=4))
+    assert run(1, count_groups, part) == [(4, [0, 0, 0, 0])]  # two groups after step 2, two after step 4
+    rest = replace(part, train=replace(part.train, steps=6), checkpoint=replace(part.checkpoint, resume="auto"))
+    assert run(1, count_groups, rest) == [(4, [0, 0])]

@@ -1,0 +1,111 @@
+"""Unfinished groups on their way between the roles and into checkpoints: only the ranks that need them keep them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from ranks import run, tiny_run
+
+from megatron_aspo.batch import Prompt
+from megatron_aspo.config.rollout import RolloutConfig
+from megatron_aspo.config.run import RunConfig
+from megatron_aspo.data import PromptStream
+from megatron_aspo.data.tokenizer import AsciiTokenizer
+from megatron_aspo.journal.clock import Clock
+from megatron_aspo.policy.saved_batches import load_groups, save_groups
+from megatron_aspo.ranks.process_group import distributed
+from megatron_aspo.rollout import remote
+from megatron_aspo.rollout.batches import Batches
+from megatron_aspo.rollout.engine import NOTHING
+from megatron_aspo.rollout.partial import Group, Pool
+from megatron_aspo.rollout.remote import RemoteEngine, serve
+from tests.unit.test_partial import LongTail
+
+pytestmark = pytest.mark.distributed
+
+CONFIG = tiny_run(
+    Path("unused"),
+    rollout=RolloutConfig(
+        engine="vllm", ranks=1, prompts_per_step=4, responses_per_prompt=3, oversample=1.5, dynamic_sampling=False
+    ),
+)
+
+
+def serve_with(engine: Any, channel: Any) -> None:
+    """Serve with an engine in vLLM's place, and a reward for long responses."""
+    setattr(remote, "VllmEngine", lambda *_, **__: engine)  # noqa: B010
+    setattr(remote, "check_engine", lambda *_: None)  # noqa: B010
+    serve(CONFIG, channel, lambda response, row: float(len(response) > 9))
+
+
+def prompts_of(config: RunConfig) -> PromptStream:
+    return PromptStream(config.data, AsciiTokenizer(), config.max_prompt_tokens)
+
+
+def content(state: dict[str, Any]) -> list[Any]:
+    return [(g.prompt.id, [response.versions.tolist() for response in g.responses]) for g in state["groups"]]
+
+
+def save_after_a_batch(folder: Path) -> list[Any] | None:
+    """The unfinished groups that a training rank gets for a checkpoint."""
+    with distributed(CONFIG) as channel:
+        assert channel is not None
+        if channel.role == "rollout":
+            serve_with(LongTail(), channel)
+            return None
+        policy: Any = SimpleNamespace(weight_version=0)
+        nothing: Any = None
+        engine = RemoteEngine(policy, CONFIG.rollout, channel, AsciiTokenizer())
+        batches = Batches(policy, engine, prompts_of(CONFIG), nothing, CONFIG.rollout, 0, 1)
+        batches.next(Clock())
+        groups = batches.in_progress()
+        assert groups is not None  # on any rank: the checkpoint's collective depends on it
+        if dist.get_rank() == 0:
+            save_groups(folder, groups)
+        return content(groups) if groups else []
+
+
+def test_only_the_first_training_rank_gets_the_unfinished_groups(tmp_path: Path) -> None:
+    by_rank = run(3, save_after_a_batch, tmp_path)
+    local = Pool(LongTail(), CONFIG.rollout)
+    local.sample(prompts_of(CONFIG), 4, 0)
+    expected = content(local.state_dict())
+    assert len(expected) == 2
+    assert sum(len(versions) for _, responses in expected for versions in responses) > 3
+    assert by_rank == [expected, [], None]
+    saved = load_groups(tmp_path)
+    assert saved is not None
+    assert content(saved) == expected
+
+
+def test_a_rollout_rank_does_not_keep_the_groups_of_other_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VllmEngine", "check_engine"):
+        monkeypatch.setattr(remote, name, getattr(remote, name))  # puts the real ones back
+    begun = [replace(NOTHING, token_ids=np.zeros(5, np.int32)) for _ in range(2)]
+    alive = [weakref.ref(response) for response in begun]
+    kept: list[bool] = []
+    engine: Any = LongTail()
+    engine.writers = [[0], [1]]
+
+    def messages() -> Iterator[Any]:
+        groups = [Group(Prompt(i, "", (1,), {}), i, 0, [begun.pop(0)]) for i in range(2)]
+        settings = {"responses_per_prompt": 3, "max_response_tokens": CONFIG.rollout.max_response_tokens}
+        state = {"batch": 1, "replicas": 2, "groups": groups, **settings}
+        del groups
+        yield "set_groups", state
+        del state
+        yield ("nothing",)
+        kept.extend(response() is not None for response in alive)
+        yield None
+
+    received = messages()
+    serve_with(engine, SimpleNamespace(receive=lambda: next(received), send=lambda message: None))
+    assert kept == [True, False]
