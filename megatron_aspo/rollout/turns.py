@@ -109,8 +109,8 @@ class Turns:
     def _asked(
         self, turns: dict[int, tuple[Request, Response]]
     ) -> dict[int, tuple[Environment | None, _Answer | RunError]]:
-        """The environments of this rank's responses and their answers. Each has its seconds from when it is asked; the
-        thread of one that takes longer is left behind, and another takes its place."""
+        """The environments of this rank's responses and their answers. Each has its seconds for every turn that it is
+        told, from when it is asked; the thread of one that takes longer is left behind, and another takes its place."""
         waiting, running = list(reversed(turns)), dict[Future[Any], tuple[int, float]]()
         asked: dict[int, tuple[Environment | None, _Answer | RunError]] = {}
         away: list[RunError] = []
@@ -118,8 +118,10 @@ class Turns:
         while waiting or running:
             while waiting and len(running) < self._workers:
                 request, turn = turns[i := waiting.pop()]
-                call = play(self._running.pop(_key(request), None), request, turn)
-                running[call] = i, time.monotonic() + self._config.environment_seconds
+                environment = self._running.pop(_key(request), None)
+                call = play(environment, request, turn)
+                told = len(turn.turns) if environment is None else 1  # all turns so far after a resume
+                running[call] = i, time.monotonic() + told * self._config.environment_seconds
             first = min(deadline for _, deadline in running.values())
             wait(running, max(0.0, first - time.monotonic()), FIRST_COMPLETED)
             for call, (i, deadline) in list(running.items()):

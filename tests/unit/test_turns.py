@@ -221,6 +221,24 @@ def test_sampling_takes_nothing_of_an_environments_seconds() -> None:
     assert [response.score for response in play(turns, *range(8))] == [0.75] * 8
 
 
+def test_turns_that_a_resumed_run_repeats_have_seconds_of_their_own() -> None:
+    class Slow(Counting):
+        def step(self, response: str) -> str | None:
+            time.sleep(0.5)
+            return super().step(response)
+
+    def after_two_turns(ended: Any) -> bool:
+        calls.append(1)
+        return len(calls) > 2
+
+    calls, settings = list[int](), {"environment_seconds": 1.0}
+    request = Request(0, PROMPT, 0, 0)
+    (half,) = turns_of(Slow, **settings).advance([request], 1.0, after_two_turns)
+    assert (half.finish_reason, len(half.turns)) == (None, 2)
+    (resumed,) = turns_of(Slow, **settings).advance([replace(request, prefix=half)], 1.0)
+    assert resumed.score == 0.75
+
+
 @pytest.mark.parametrize(("limit", "count"), [(5, 1), (10, 2), (64, 3)])
 def test_every_response_has_an_environment_of_its_own(limit: int, count: int) -> None:
     """Also one whose predecessor of the same prompt had no room left, as in each evaluation."""
