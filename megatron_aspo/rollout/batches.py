@@ -84,10 +84,11 @@ class Batches:
         self._last = last
         # Batches, and those requested: the answer, the oldest and the newest version that may write it, the staleness.
         self._ahead: deque[Batch | tuple[Future[Batch], int, int, int]] = deque(saved)
-        # Of the last batches: the version of the policy at the request. Older weights wrote nothing of the next one.
-        behind = steps_behind(config, len(groups["groups"]) if groups else 0)
-        self._versions = deque([0] * (behind + 1), maxlen=behind + 1)
         self._pool = Pool(engine, config) if config.oversample > 1 and not config.ranks else None
+        replicas = self._pool.replicas if self._pool else config.ranks // config.tensor
+        behind = steps_behind(config, groups, replicas)
+        # Of the last batches: the version of the policy at the request. Older weights wrote nothing of the next one.
+        self._versions = deque([0] * (behind + 1), maxlen=behind + 1)
         if config.ranks:
             engine.set_stream(prompts, saved[-1].prompts if saved else prompts.state_dict(), groups)
         elif self._pool and groups:
@@ -165,7 +166,7 @@ def sample_batch(
     Raises:
         RunError: more than `reward.max_unjudged` of the responses have no verdict.
     """
-    started, before = time.time(), clock["rollout"]
+    started, before, written_before = time.time(), clock["rollout"], pool.written if pool else 0
     size = config.responses_per_prompt
     kept: list[list[Sample]] = []
     responses: list[Sample] = []
@@ -191,10 +192,11 @@ def sample_batch(
             "or too easy for the policy, or rollout.responses_per_prompt is too small"
         )
     fill_advantages(kept, config.advantage)
+    written = pool.written - written_before if pool else sum(sample.written_length for sample in responses)
     metrics = {
         **sample_metrics(responses, "rollout"),
         **solve_rates(sampled),
-        "rollout/tokens_per_second": sum(sample.written_length for sample in responses) / (clock["rollout"] - before),
+        "rollout/tokens_per_second": written / (clock["rollout"] - before),
         "rollout/rounds": float(rounds),
         "rollout/groups_kept": float(len(kept)),
         "rollout/groups_dropped": float(len(sampled) - len(kept)),

@@ -74,6 +74,11 @@ class Response:
         """The tokens of each part that the policy wrote. The first part is always its own."""
         return np.split(self.token_ids, np.flatnonzero(np.diff(self.versions >= 0)) + 1)[::2]
 
+    @property
+    def written_length(self) -> int:
+        """Number of tokens that the policy wrote."""
+        return int((self.versions >= 0).sum())
+
     def after(self, prefix: Response) -> Response:
         """Join what was written to the tokens that it continues. `routes` are of the whole sequence and stay those of
         the weights that wrote each token."""

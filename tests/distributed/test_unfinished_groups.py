@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
-from ranks import run, tiny_run
+from ranks import run, run_config, tiny_run
 
 from megatron_aspo.batch import Prompt
 from megatron_aspo.config.rollout import RolloutConfig
@@ -25,9 +25,9 @@ from megatron_aspo.ranks.process_group import distributed
 from megatron_aspo.rollout import remote
 from megatron_aspo.rollout.batches import Batches
 from megatron_aspo.rollout.engine import NOTHING
-from megatron_aspo.rollout.partial import Group, Pool
+from megatron_aspo.rollout.partial import Group, Pool, steps_behind
 from megatron_aspo.rollout.remote import RemoteEngine, serve
-from tests.unit.test_partial import LongTail
+from tests.unit.test_partial import LongTail, Prompts
 
 pytestmark = pytest.mark.distributed
 
@@ -109,3 +109,45 @@ def test_a_rollout_rank_does_not_keep_the_groups_of_other_replicas(monkeypatch: 
     received = messages()
     serve_with(engine, SimpleNamespace(receive=lambda: next(received), send=lambda message: None))
     assert kept == [True, False]
+
+
+def resume_with_fewer_prompts(before: RolloutConfig, after: RolloutConfig) -> dict[str, Any]:
+    """A pool of replicas of one rank each, of which another one with smaller batches takes over the groups."""
+    with distributed(run_config()):
+        replicas = dist.get_world_size()
+        engine, prompts, ages = LongTail(), Prompts(), list[int]()
+        pool: Any = None
+        state: dict[str, Any] = {}
+        vars(engine).update(writers=[[i] for i in range(replicas)], replica=dist.get_rank())
+        for settings, batches in ((before, 4), (after, 30)):
+            pool = Pool(engine, settings)
+            if state:
+                pool.load_state_dict(state)
+            start = engine.written
+            for _ in range(batches):
+                samples = pool.sample(prompts, settings.prompts_per_step, 0)
+                ages += [engine.version - sample.weight_version for sample in samples if state]
+                pool.batch += 1
+                engine.version += 1
+            carrier = [pool.state_dict()]
+            dist.broadcast_object_list(carrier)
+            state = state or carrier[0]
+        return {
+            "oldest": max(ages),
+            "limit": steps_behind(after, state, replicas),
+            "left": len(state["groups"]),
+            "written": engine.written - start,
+            "counted": pool.written,
+        }
+
+
+def test_no_response_is_older_than_the_bound_after_a_resume_with_fewer_prompts() -> None:
+    """Two of three replicas take two groups of each batch, the last one takes one."""
+    before = RolloutConfig(prompts_per_step=24, responses_per_prompt=2, oversample=3.0, max_age=1)
+    after = replace(before, prompts_per_step=5, oversample=1.5)
+    by_rank = run(3, resume_with_fewer_prompts, before, after)
+    for result in by_rank:
+        assert (result["left"], result["limit"]) == (48, 18)
+        assert steps_behind(after) == 2
+        assert 12 < result["oldest"] <= 18
+        assert result["counted"] == sum(result["written"] for result in by_rank)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_aspo.batch import Prompt, Sample
+from megatron_aspo.config.data import DataConfig
+from megatron_aspo.config.rewards import RewardConfig
 from megatron_aspo.config.rollout import RolloutConfig
 from megatron_aspo.data.tokenizer import AsciiTokenizer
 from megatron_aspo.errors import UserError
+from megatron_aspo.journal.clock import Clock
+from megatron_aspo.rollout.batches import sample_batch
 from megatron_aspo.rollout.engine import Enough, Request, Response
 from megatron_aspo.rollout.partial import Pool, steps_behind
 
@@ -21,12 +26,17 @@ SLOTS = 12
 
 
 class Prompts:
+    config = DataConfig()
+
     def __init__(self, position: int = 0) -> None:
         self.position = position
 
     def draw(self, count: int) -> list[Prompt]:
         self.position += count
         return [Prompt(i, "", (1,), {}) for i in range(self.position - count, self.position)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
 
 class LongTail:
@@ -39,7 +49,7 @@ class LongTail:
     tokenizer = AsciiTokenizer()
 
     def __init__(self) -> None:
-        self.version = self.steps = 0
+        self.version = self.steps = self.written = 0
 
     def length(self, request: Request) -> int:
         draw = np.random.default_rng([request.prompt.id, request.replica]).pareto(1.0)
@@ -54,6 +64,7 @@ class LongTail:
         while len(ended) < len(requests) and not enough(ended):
             running = [i for i in range(len(requests)) if i not in ended][:SLOTS]
             self.steps += 1
+            self.written += len(running)
             for i in running:
                 written[i].append(self.version)
                 if len(written[i]) == self.length(requests[i]):
@@ -120,20 +131,42 @@ def test_a_pool_goes_on_after_a_checkpoint(stop: int) -> None:
     for _ in range(5):
         assert content(take(resumed, others, [4])) == content(take(pool, prompts, [4]))
     longer = Pool(LongTail(), config(1.5, max_response_tokens=9))
-    with pytest.raises(UserError, match=r"2 unfinished groups with rollout.max_response_tokens=16, here 9"):
+    with pytest.raises(UserError) as refused:
         longer.load_state_dict(state)
+    assert str(refused.value) == (
+        "the checkpoint has 2 unfinished groups with rollout.max_response_tokens=16, here 9; continue with the former, "
+        "or delete the checkpoint's groups.pt, which leaves their prompts out"
+    )
 
 
 def test_many_groups_of_a_checkpoint_go_on_in_small_batches() -> None:
     pool, prompts, settings = Pool(LongTail(), config(3.0, 4)), Prompts(), replace(config(1.5, 1), prompts_per_step=1)
     for _ in range(6):
         take(pool, prompts, [4])
-    resumed, left = Pool(LongTail(), settings), len(pool.groups)
-    resumed.load_state_dict(pool.state_dict())
+    resumed, left, state = Pool(LongTail(), settings), len(pool.groups), pool.state_dict()
+    resumed.load_state_dict(state)
     resumed.engine.version, ages = pool.engine.version, list[int]()
     for batch in range(6, 6 + left):
         ages += [batch - sample.weight_version for sample in take(resumed, prompts, [1])]
-    assert steps_behind(settings) < max(ages) <= steps_behind(settings, left)
+    assert steps_behind(settings) < max(ages) <= steps_behind(settings, state)
+
+
+@pytest.mark.parametrize(("oversample", "max_age"), [(1.5, 2), (3.0, 4)])
+def test_a_token_counts_in_the_batch_that_writes_it(oversample: float, max_age: int) -> None:
+    """Not in the batch that takes its response, which may have been written over several."""
+    settings = config(oversample, max_age, dynamic_sampling=False)
+    pool, taken, written = Pool(LongTail(), settings), list[float](), list[float]()
+    prompts: Any = Prompts()
+    scorer: Any = SimpleNamespace(config=RewardConfig(), score=lambda samples: None)
+    for _ in range(50):
+        clock, before = Clock(), pool.engine.written
+        batch = sample_batch(pool.engine, prompts, scorer, settings, clock, pool)
+        pool.engine.version += 1
+        written.append(pool.engine.written - before)
+        taken.append(sum(sample.written_length for group in batch.groups for sample in group))
+        assert batch.metrics["rollout/tokens_per_second"] * clock["rollout"] == pytest.approx(written[-1])
+    assert sum(written) > sum(taken)
+    assert sum(abs(a - b) > 0.2 * a for a, b in zip(written, taken, strict=True)) > 10
 
 
 def test_every_replica_needs_a_group() -> None:
