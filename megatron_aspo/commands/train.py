@@ -57,6 +57,12 @@ def run(
         check_signature("rollout", rollout, "policy", "config", "tokenizer", "seed")
         if config.rollout.ranks:
             raise UserError(f"rollout.ranks={config.rollout.ranks} is for vLLM; set it to 0, or pass no rollout")
+        for name, off in {"environment": "", "oversample": 1}.items():
+            if (value := getattr(config.rollout, name)) != off:
+                raise UserError(
+                    f"rollout.{name}={value} needs an engine of the package, which continues responses; remove the "
+                    "setting, or pass no rollout"
+                )
     if prompts is not None:
         check_signature("prompts", prompts, "seed")
         reward = "math" if reward is None else reward

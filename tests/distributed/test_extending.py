@@ -95,10 +95,16 @@ def root_weight(ratio: float, advantage: float) -> float:
     return min(math.sqrt(1 / ratio if advantage > 0 else ratio), 3)
 
 
+def engine(policy: Any, config: Any, tokenizer: Any, seed: int) -> Any:
+    """Stands for the constructor of an engine."""
+
+
 @pytest.mark.parametrize(
     ("section", "parts", "named"),
     [
         ({"rollout": RolloutConfig(engine="vllm", ranks=1)}, {"rollout": print}, "rollout.ranks"),
+        ({"rollout": RolloutConfig(oversample=1.5)}, {"rollout": engine}, "rollout.oversample=1.5 needs an engine"),
+        ({"rollout": RolloutConfig(environment="retry")}, {"rollout": engine}, "rollout.environment=retry needs an"),
         ({}, {"rollout": len}, "rollout"),
         ({}, {"prompts": lambda: None}, "prompts"),
         ({"data": DataConfig(task="gcd")}, {"prompts": len}, "data.task"),
