@@ -114,7 +114,7 @@ def _rank_file(folder: Path, rank: int) -> Path:
 
 def _write(file: Path, content: Any) -> None:
     data = io.BytesIO()  # on a full disk torch.save would raise RuntimeError
-    torch.save(content, data)
+    torch.save(content, data, pickle_protocol=5)  # older ones take up to 1.5 bytes for each of an array
     file.write_bytes(data.getvalue())  # getbuffer's view in a traceback crashes Python 3.12's garbage collector
     sync(file)  # rank 0, which publishes the checkpoint, may be on another host
 

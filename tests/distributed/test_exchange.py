@@ -21,7 +21,7 @@ from megatron_aspo.config.rollout import RolloutConfig
 from megatron_aspo.config.run import RunConfig
 from megatron_aspo.data.tokenizer import AsciiTokenizer
 from megatron_aspo.errors import UserError
-from megatron_aspo.policy.saved_batches import load_batches, save_batches
+from megatron_aspo.policy.saved_batches import load_batches, load_groups, save_batches, save_groups
 from megatron_aspo.ranks import exchange
 from megatron_aspo.ranks.exchange import deliver, gather_texts
 from megatron_aspo.ranks.gathering import share_ranks
@@ -221,3 +221,18 @@ def test_saved_batches_are_shared_out_among_any_number_of_ranks(tmp_path: Path) 
     (tmp_path / "batches" / "rank_00001.pt").write_bytes(b"cut off")
     for message in run(2, refusal, tmp_path, run_config()):  # also the rank that does not read the file
         assert re.match(r"cannot read .*rank_00001\.pt.*older checkpoint", message)
+
+
+def test_a_file_of_a_checkpoint_has_little_but_its_arrays(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    routes = rng.integers(0, 256, (1000, 58, 8), dtype=np.uint8)
+    tokens, logprobs = rng.integers(0, 150_000, 100_000, dtype=np.int32), rng.normal(size=100_000).astype(np.float32)
+    groups = [Response(tokens, logprobs, np.zeros(100_000, np.int32), routes)]
+    save_groups(tmp_path, {"groups": groups})
+    size = 3 * tokens.nbytes + routes.nbytes
+    assert size <= (tmp_path / "groups.pt").stat().st_size <= 1.01 * size
+    loaded = load_groups(tmp_path)
+    assert loaded is not None
+    (response,) = loaded["groups"]
+    assert response.routes.tobytes() == routes.tobytes()
+    assert response.token_ids.tobytes() == tokens.tobytes()
