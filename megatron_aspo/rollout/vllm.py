@@ -198,6 +198,7 @@ class VllmEngine:
             engine.add_request(str(i), tokens_input([*request.prompt.token_ids, *prefix], cache_salt=salt), params)
         outputs: dict[int, Any] = {}
         states, window = engine.output_processor.request_states, self._stops.window
+        tails = [prefix[request.turn :][-window:] for request, prefix in zip(requests, prefixes, strict=True)]
         is_enough = enough is not None and enough(outputs.keys())
         for step in itertools.count():
             is_sampling = engine.has_unfinished_requests() and not is_enough
@@ -213,7 +214,7 @@ class VllmEngine:
                 i, written = int(output.request_id), output.outputs[0].token_ids
                 if output.finished:
                     outputs[i] = output
-                elif self._stops.ended([*prefixes[i][requests[i].turn :][-window:], *written[-window:]]):
+                elif self._stops.ended([*tails[i], *written[-window:]]):
                     (name,) = engine.output_processor.external_req_ids[output.request_id]
                     outputs[i] = self._take_out(name)
             is_enough = enough is not None and len(outputs) > ended and enough(outputs.keys())

@@ -85,11 +85,15 @@ def interrupt_and_continue(config: RunConfig) -> dict[str, Any]:
         engine._stops, engine.tokenizer = Stops(Syllables(), STRINGS), Syllables()
         engine.config = replace(config.rollout, max_response_tokens=40)
         many, result["boundaries"] = make_requests(make_prompts(16), 4, 0), []
-        written = [request.prefix for request in many]
+        written, asked, turn = [request.prefix for request in many], list[Request](), Request.turn
+        setattr(Request, "turn", property(lambda request: asked.append(request) or turn.__get__(request)))  # noqa: B010
+        result["requests"] = 0
         while waiting := continuing(many, written):
             written = joined(written, engine.advance(waiting, 1.0, after(3)))
+            result["requests"] += len(waiting)
             result["boundaries"].append([len(response.token_ids) for response in written])
-        result["syllables"] = written
+        result["syllables"], result["turns looked up"] = written, len(asked)
+        setattr(Request, "turn", turn)  # noqa: B010
         engine._stops, engine.config = Stops(embedded.tokenizer, ()), config.rollout
 
         old = [parameter.detach().clone() for parameter in policy.model.parameters()]
@@ -210,3 +214,5 @@ def test_a_response_goes_on_after_its_tokens_so_far() -> None:
         before = max(lengths[i] for lengths in [[0] * 64, *result["boundaries"]] if lengths[i] < len(tokens))
         crossed += response.finish_reason == "stop" and not stops.ended(tokens[before:])
     assert crossed > 0  # a stop string over a boundary
+    # Before vLLM's first step and after the last one, not for every token.
+    assert result["requests"] <= result["turns looked up"] <= 2 * result["requests"]
