@@ -75,8 +75,8 @@ def run(
             )
     with distributed(config) as channel:
         if channel is not None and channel.role == "rollout":
-            with StopSignals():  # the training ranks decide when to stop
-                serve(config, channel, reward, prompts)
+            with StopSignals() as stop:  # the training ranks decide when to stop
+                serve(config, channel, reward, prompts, stop)
             return True
         for message in config_warnings(config):
             warn(message)

@@ -9,6 +9,7 @@ follow through the lanes. Prompts do not travel with a batch: both roles draw th
 from __future__ import annotations
 
 import itertools
+import signal
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -29,6 +30,7 @@ from megatron_aspo.errors import RunError, UserError
 from megatron_aspo.journal.clock import Clock
 from megatron_aspo.ranks.channel import Channel, PeerLostError
 from megatron_aspo.ranks.gathering import post_phase, sum_tables
+from megatron_aspo.ranks.stop_signals import StopSignals
 from megatron_aspo.rewards.scoring import Reward, Scorer
 from megatron_aspo.rollout.batches import sample_batch
 from megatron_aspo.rollout.choice import check_engine
@@ -122,7 +124,9 @@ class RemoteEngine:
         return receive(self.channel.lanes, from_table(table, prompts), self.tokenizer)
 
     def _read_batch(self) -> Batch:
-        batch, sizes, table, in_progress = self.channel.receive()
+        batch, sizes, table, in_progress, stopping = self.channel.receive()
+        if stopping:  # here they have the meaning that they have on a training rank that gets one itself
+            signal.raise_signal(signal.SIGUSR1)
         self._known |= self._draw(batch.prompts)
         samples = iter(self._read(table, self._known))
         self._known = {number: self._known[number] for number in in_progress}
@@ -164,11 +168,18 @@ def update_in_flight(channel: Channel, weights: ReceivedWeights, engine: VllmEng
     return sampling > 0
 
 
-def serve(config: RunConfig, channel: Channel, reward: Reward | None = None, source: SourceClass | None = None) -> None:
+def serve(
+    config: RunConfig,
+    channel: Channel,
+    reward: Reward | None = None,
+    source: SourceClass | None = None,
+    stop: StopSignals | None = None,
+) -> None:
     """Process the training ranks' messages in order until they are done.
 
     Args:
         reward, source: as in `train`.
+        stop: a signal that a rollout rank receives is raised on the training ranks with the next batch.
 
     Raises:
         UserError, RunError: the rollout failed; the training ranks raise the same error.
@@ -213,7 +224,8 @@ def serve(config: RunConfig, channel: Channel, reward: Reward | None = None, sou
                         samples = [sample for group in batch.groups for sample in group]
                         sizes = [len(group) for group in batch.groups]
                         in_progress = [group.prompt.id for group in pool.groups] if pool else []
-                        channel.send((replace(batch, groups=[]), sizes, to_table(samples), in_progress))
+                        stopping = stop is not None and stop.requested()
+                        channel.send((replace(batch, groups=[]), sizes, to_table(samples), in_progress, stopping))
                         send(channel.lanes, samples)
             weights.close()
     except PeerLostError:

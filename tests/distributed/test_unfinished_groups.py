@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +23,9 @@ from megatron_aspo.data import PromptStream
 from megatron_aspo.data.tokenizer import AsciiTokenizer
 from megatron_aspo.journal.clock import Clock
 from megatron_aspo.policy.saved_batches import load_groups, save_groups
+from megatron_aspo.ranks.channel import Channel
 from megatron_aspo.ranks.process_group import distributed
+from megatron_aspo.ranks.stop_signals import StopSignals
 from megatron_aspo.rollout import remote
 from megatron_aspo.rollout.batches import Batches
 from megatron_aspo.rollout.engine import NOTHING
@@ -39,11 +43,11 @@ CONFIG = tiny_run(
 )
 
 
-def serve_with(engine: Any, channel: Any) -> None:
+def serve_with(engine: Any, channel: Any, config: RunConfig = CONFIG, stop: StopSignals | None = None) -> None:
     """Serve with an engine in vLLM's place, and a reward for long responses."""
     setattr(remote, "VllmEngine", lambda *_, **__: engine)  # noqa: B010
     setattr(remote, "check_engine", lambda *_: None)  # noqa: B010
-    serve(CONFIG, channel, lambda response, row: float(len(response) > 9))
+    serve(config, channel, lambda response, row: float(len(response) > 9), stop=stop)
 
 
 def prompts_of(config: RunConfig) -> PromptStream:
@@ -54,6 +58,14 @@ def content(state: dict[str, Any]) -> list[Any]:
     return [(g.prompt.id, [response.versions.tolist() for response in g.responses]) for g in state["groups"]]
 
 
+def batches_of(config: RunConfig, channel: Channel) -> Batches:
+    """The batches of a training rank whose policy does not change."""
+    policy: Any = SimpleNamespace(weight_version=0)
+    nothing: Any = None
+    engine = RemoteEngine(policy, config.rollout, channel, AsciiTokenizer())
+    return Batches(policy, engine, prompts_of(config), nothing, config.rollout, 0, 1)
+
+
 def save_after_a_batch(folder: Path) -> list[Any] | None:
     """The unfinished groups that a training rank gets for a checkpoint."""
     with distributed(CONFIG) as channel:
@@ -61,10 +73,7 @@ def save_after_a_batch(folder: Path) -> list[Any] | None:
         if channel.role == "rollout":
             serve_with(LongTail(), channel)
             return None
-        policy: Any = SimpleNamespace(weight_version=0)
-        nothing: Any = None
-        engine = RemoteEngine(policy, CONFIG.rollout, channel, AsciiTokenizer())
-        batches = Batches(policy, engine, prompts_of(CONFIG), nothing, CONFIG.rollout, 0, 1)
+        batches = batches_of(CONFIG, channel)
         batches.next(Clock())
         groups = batches.in_progress()
         assert groups is not None  # on any rank: the checkpoint's collective depends on it
@@ -151,3 +160,25 @@ def test_no_response_is_older_than_the_bound_after_a_resume_with_fewer_prompts()
         assert steps_behind(after) == 2
         assert 12 < result["oldest"] <= 18
         assert result["counted"] == sum(result["written"] for result in by_rank)
+
+
+def signal_a_rollout_rank(config: RunConfig) -> list[bool] | None:
+    """The last of three rollout ranks gets a signal; return whether a training rank knows, before and after a batch."""
+    with distributed(config) as channel, StopSignals() as stop:
+        assert channel is not None
+        if channel.role == "rollout":
+            if (rank := dist.get_rank()) == 2:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            engine = LongTail()
+            vars(engine).update(writers=[[i] for i in range(3)], replica=rank)
+            serve_with(engine, channel, config, stop)
+            return None
+        batches = batches_of(config, channel)
+        before = stop.requested()
+        batches.next(Clock())
+        return [before, stop.requested()]
+
+
+def test_a_signal_to_a_rollout_rank_stops_the_run() -> None:
+    config = replace(CONFIG, rollout=replace(CONFIG.rollout, ranks=3))
+    assert run(5, signal_a_rollout_rank, config) == [[False, True], [False, True], None, None, None]
