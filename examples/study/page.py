@@ -148,17 +148,17 @@ def demonstration(runs: Runs) -> str:
         "last quarter": mean("reward/mean", 0.75),
         "entropy, last quarter": mean("loss/entropy", 0.75),
         "largest gradient norm": largest_norm,
-        "old log-probs, s a step": old_logprobs_seconds,
+        "old log-probs, s": old_logprobs_seconds,
         "step, s": mean("time/step"),
     }
     shown = {key: run for key, run in sorted(runs.items()) if key.block == "smollm2"}
     if not shown:
         return "Not yet run."
-    lines = [f"| arm | seed | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    lines = [f"|arm|seed|{'|'.join(columns)}|", "|---" * (len(columns) + 2) + "|"]
     for key, run in shown.items():
         values = (measure(run) for measure in columns.values())
         cells = ("–" if math.isnan(value) else f"{value:.3g}" for value in values)
-        lines.append(f"| {key.arm} | {key.seed} | {' | '.join(cells)} |")
+        lines.append(f"|{key.arm}|{key.seed}|{'|'.join(cells)}|")
     return "\n".join(lines)
 
 
