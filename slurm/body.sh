@@ -97,11 +97,11 @@ case ${COMMAND:=train} in
     RUN=(-m megatron_aspo.commands.train "${SETTINGS[@]}")
     ;;
   eval | export | check-rollout)
-    module=${COMMAND/eval/evaluate}
-    RUN=(-m "megatron_aspo.commands.${module/-/_}" "$RECIPE" "${ARGS[@]}" "${SETTINGS[@]:1}")
-    for word in "${ARGS[@]}"; do # the node check takes no options
-      [[ ! $word =~ ^[a-z_]+\.[a-z_.]+= ]] || SETTINGS+=("$word")
+    module=${COMMAND/eval/evaluate} own=()
+    for word in "${ARGS[@]}"; do # the node check takes settings alone, and they come last
+      if [[ $word =~ ^(name|seed|output_dir|[a-z_]+\.[a-z0-9_.]+)= ]]; then SETTINGS+=("$word"); else own+=("$word"); fi
     done
+    RUN=(-m "megatron_aspo.commands.${module/-/_}" "$RECIPE" "${own[@]}" "${SETTINGS[@]:1}")
     ;;
   *) end 2 "COMMAND=$COMMAND is none of train, eval, export, check-rollout" ;;
 esac

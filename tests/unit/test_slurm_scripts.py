@@ -91,8 +91,12 @@ def test_another_command_gets_its_options_and_the_node_check_settings_alone() ->
     words = ["COMMAND=eval", "--benchmark", "aime24=data/aime24.parquet", "rollout.temperature=1"]
     check, run = (shlex.split(line) for line in dry_run("aspo_32b", *words).stdout.splitlines())
     named = ["name=qwen2_5_32b", "output_dir=runs"]
-    assert check[-4:] == ["examples/qwen2_5_32b.yaml", *named, "rollout.temperature=1"]
-    assert run[-7:] == ["megatron_aspo.commands.evaluate", "examples/qwen2_5_32b.yaml", *words[1:], *named]
+    assert check[-4:] == ["examples/qwen2_5_32b.yaml", *named, words[-1]]
+    arguments = ["examples/qwen2_5_32b.yaml", *words[1:-1], *named, words[-1]]
+    assert run[-7:] == ["megatron_aspo.commands.evaluate", *arguments]
+    words = ["COMMAND=export", "seed=2", "parallel.tensor=8", "exported"]  # the folder comes before all settings
+    run = shlex.split(dry_run("aspo_32b", *words).stdout.splitlines()[1])
+    assert run[-6:] == ["examples/qwen2_5_32b.yaml", "exported", *named, "seed=2", "parallel.tensor=8"]
     options = dry_run("aspo_32b", "--checkpoint", "base", "COMMAND=eval")  # in any order
     assert options.returncode == 0
     for command in MODULES:

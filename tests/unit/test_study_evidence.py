@@ -266,9 +266,9 @@ def test_demonstration_shows_each_run_and_the_pass_that_an_anchor_at_the_sampler
     made += [metrics({**columns, "time/mismatch": sampled}, block="smollm2", arm="aspo_banded", seed=1)]
     rows = page.demonstration({run.key: run for run in [*made, metrics(columns)]}).splitlines()[2:]
     assert rows == [
-        "| aspo | 2 | 0 | 0.3 | 2 | 9 | – | 20 |",
-        "| aspo_banded | 1 | 0 | 0.3 | – | 9 | 1.5 | 20 |",
-        "| inert | 1 | 0 | 0.3 | – | 9 | 5 | 20 |",
+        "|aspo|2|0|0.3|2|9|–|20|",
+        "|aspo_banded|1|0|0.3|–|9|1.5|20|",
+        "|inert|1|0|0.3|–|9|5|20|",
     ]
     assert {run.arm for run in runs("smollm2", planned_seeds("smollm2"))} == {"aspo_banded", "inert"}
 
