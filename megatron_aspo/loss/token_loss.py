@@ -26,7 +26,7 @@ from megatron_aspo.loss.objectives import (
     token_terms,
 )
 from megatron_aspo.loss.responses import Responses
-from megatron_aspo.loss.tokens import TokenBatch, usable
+from megatron_aspo.loss.tokens import LOWEST_LOGPROB, TokenBatch, usable
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class TokenLoss:
     def terms(
         self, logprobs: Tensor, entropy: Tensor | None, check_finite: bool = True
     ) -> tuple[TokenInputs, TokenTerms]:
-        """The inputs and the result of the objective. Outside the anchor's band weight and value are 0 and nothing is
-        held at the cap, while the mask is still told. `logprobs` are 0 where masked."""
+        """The inputs and the result of the objective. Tokens that the anchor leaves out have weight and value 0 and are
+        not held at the cap, while the mask is still told. `logprobs` are 0 where masked."""
         config = self.config
         assert self.entropy_limit is None or entropy is not None  # checked with the tokens
         wide = None if self.entropy_limit is None or entropy is None else entropy > self.entropy_limit
@@ -153,9 +153,9 @@ class TokenLoss:
         sequence_ratio = ratio if self.sequence_ratio is None else self.sequence_ratio
         inputs = TokenInputs(logprobs, ratio, self.tokens.advantages, clip_low, clip_high, sequence_ratio)
         terms = token_terms(self.objective, inputs, config, self.tokens.loss_mask, check_finite)
-        if config.anchor_band is not None:
-            outside = _outside(ratio, config.anchor_band)
-            kept = {name: getattr(terms, name).masked_fill(outside, 0) for name in ("weight", "value", "soft_clipped")}
+        if config.anchor == "rollout":
+            left_out = _left_out(log_ratio, config)
+            kept = {name: getattr(terms, name).masked_fill(left_out, 0) for name in ("weight", "value", "soft_clipped")}
             terms = replace(terms, **kept)
         return inputs, terms
 
@@ -195,7 +195,7 @@ class TokenLoss:
         by_token = {"approx_kl": kl_terms(anchor, masked, "k3")[0], "nll": -masked}
         maxima = {"log_ratio_max": _largest((masked - anchor).abs(), mask)}
         if config.anchor_band is not None:
-            by_token["anchor_cut"] = _outside(inputs.ratio, config.anchor_band)
+            by_token["anchor_cut"] = _left_out(masked - anchor, config)
         if entropy is not None:
             by_token["entropy"] = entropy
             if config.entropy_coef:
@@ -258,11 +258,11 @@ def _response_ratio(
 ) -> Tensor:
     """[M] log-ratios of tokens -> [M] ratios of responses; 1 for a response of which no token counts.
 
-    Tokens outside the anchor's band do not count: the sampler's rounding of one would weigh on all others.
+    Tokens that the anchor leaves out do not count: the sampler's rounding of one would weigh on all others.
     """
     log_ratio, counted = whole["log_ratio"], responses.mask
-    if config.anchor_band is not None:
-        counted = counted & ~_outside(_ratio(log_ratio.to(dtype)), config.anchor_band)
+    if config.anchor == "rollout":
+        counted = counted & ~_left_out(log_ratio.to(dtype), config)
     if objective.response_ratio == "clipped geometric":
         low, high = _clip_range(log_ratio, wide, config)
         positive = whole["advantages"] > 0
@@ -302,9 +302,13 @@ def _ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
-def _outside(ratio: Tensor, band: tuple[float, float]) -> Tensor:
-    """[N] bool, where a ratio lies outside the band."""
-    return (ratio < band[0]) | (ratio > band[1])
+def _left_out(log_ratio: Tensor, config: PolicyLossConfig) -> Tensor:
+    """Log-ratios to the sampler -> bool: no log-prob of the sampler, or a ratio outside the anchor's band."""
+    missing = log_ratio <= LOWEST_LOGPROB
+    if config.anchor_band is None:
+        return missing
+    ratio, (low, high) = _ratio(log_ratio), config.anchor_band
+    return missing | (ratio < low) | (ratio > high)
 
 
 def _largest(values: Tensor, chosen: Tensor) -> Tensor:

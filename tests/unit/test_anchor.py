@@ -111,13 +111,16 @@ def test_masked_sampler_logprobs_may_be_anything() -> None:
         assert torch.equal(gradient, right)
 
 
-@pytest.mark.parametrize("bad", [-30.0, -math.inf, math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("bad", "band"),
+    [*((bad, BAND) for bad in (-30.0, -math.inf, math.inf, math.nan)), (math.nan, (0.0, 5.0)), (math.nan, None)],
+)
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_token_outside_the_band_changes_no_other_tokens_gradient(
-    objective: str, advantage: float, bad: float
+def test_a_token_that_is_left_out_changes_no_other_tokens_gradient(
+    objective: str, advantage: float, bad: float, band: Any
 ) -> None:
-    batch, config = make_batch(), PolicyLossConfig(objective=objective, anchor="rollout", anchor_band=BAND)
+    batch, config = make_batch(), PolicyLossConfig(objective=objective, anchor="rollout", anchor_band=band)
     batch["advantages"] = torch.full((4, 5), advantage, dtype=torch.float64)
     at = tuple(batch["loss_mask"].nonzero()[4].tolist())
     rollout, mask = batch["rollout_logprobs"].clone(), batch["loss_mask"].clone()
