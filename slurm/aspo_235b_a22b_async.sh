@@ -11,8 +11,8 @@
 #SBATCH --time=1-00:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Seconds between the signal and the time limit, longer than a step and a checkpoint take.
-#SBATCH --signal=B:USR1@900
+# Seconds between the signal and the time limit, longer than two steps and a checkpoint take: a batch is sampled ahead.
+#SBATCH --signal=B:USR1@1200
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 RECIPE=${RECIPE:-qwen3_235b_a22b_async}

@@ -34,7 +34,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("megatron_aspo", "examples"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / ".gitignore").write_text("runs/\ndata/\n__pycache__/\n")
+    (folder / ".gitignore").write_text("runs/\n/data/\n__pycache__/\n")
     (folder / "data").mkdir()
     (folder / "data" / "deepscaler.json").write_text('[{"problem": "1 + 1", "answer": "2"}]')
     user = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
@@ -148,10 +148,13 @@ def test_slurm_and_a_signal(aspo: Aspo, checkout: Path, cluster: Cluster) -> Non
         folder = Path(field("StdOut")).parent
         return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*.out")))
 
+    def is_over() -> bool:
+        return field("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
     run_dir = checkout / "runs/nodes"
-    wait_until(lambda: (run_dir / "metrics.jsonl").exists() and 2 in train_steps(run_dir), 600, said)
+    wait_until(lambda: is_over() or ((run_dir / "metrics.jsonl").exists() and 2 in train_steps(run_dir)), 600, said)
     cluster.call("scancel", "--signal=USR1", job)
-    wait_until(lambda: field("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), 600, said)
+    wait_until(is_over, 600, said)
     assert field("JobState") == "COMPLETED", said()
     assert field("Restarts") == "1"
     assert "stopped by a signal: step" in said()
