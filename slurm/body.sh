@@ -48,11 +48,16 @@ if [[ ! -f $RECIPE ]]; then
   RECIPE=examples/$RECIPE.yaml
 fi
 # Each recipe has its own run folder, in which the commands that take the recipe find it.
-of_recipe() { sed -n "s/^$1: *[\"']\?\([^\"' #]*\).*/\1/p" "$RECIPE"; }
+of_recipe() { # FIELD: a word in YAML, quoted or not
+  sed -n "s/^$1: *//p" "$RECIPE" | sed -E "s/^\"([^\"]*)\".*/\1/; t; s/^'([^']*)'.*/\1/; t; s/(^| +)#.*//; s/ *$//"
+}
 [[ -n $NAME ]] || NAME=$(of_recipe name)
 [[ -n $NAME ]] || NAME=$(basename "$RECIPE" .yaml)
 [[ -n $OUTPUT_DIR ]] || OUTPUT_DIR=$(of_recipe output_dir)
 OUTPUT_DIR=${OUTPUT_DIR:-runs}
+[[ $NAME != *[\$\\]* ]] || end 2 "$RECIPE has name: $NAME, which only Python resolves; give name=NAME after the script"
+[[ $OUTPUT_DIR != *[\$\\]* ]] ||
+  end 2 "$RECIPE has output_dir: $OUTPUT_DIR, which only Python resolves; give output_dir=FOLDER after the script"
 RUN_DIR=$(realpath -m "$OUTPUT_DIR/$NAME")
 LOG_DIR=$RUN_DIR/logs/$JOB-$ATTEMPT
 MAX_RESTARTS=${MAX_RESTARTS:-20} MAX_CRASHES=${MAX_CRASHES:-3} SLURM_WAIT=${SLURM_WAIT:-120} CONTAINER=${CONTAINER:-}
@@ -125,7 +130,7 @@ trap "kill \$agent" TERM
 trap "kill -USR1 \$(</proc/$agent/task/$agent/children)" USR1
 while :; do wait $agent; code=$?; kill -0 $agent 2>/dev/null || exit $code; done'
 # --wait=0: the first node names a node whose task has ended, after its patience.
-CHECK=("${STEP[@]}" --ntasks="$NODES" --ntasks-per-node=1 --time=15 --wait=0 --output="$LOG_DIR/check-node%n.log"
+CHECK=("${STEP[@]}" --ntasks="$NODES" --ntasks-per-node=1 --time=40 --wait=0 --output="$LOG_DIR/check-node%n.log"
   bash -c "$rank" rank "$PYTHON" -m megatron_aspo.commands.node_check --ranks "$RANKS" --log-dir "$LOG_DIR" "${SETTINGS[@]}")
 case ${LAUNCHER:=srun} in
   srun)
@@ -157,11 +162,15 @@ newest_checkpoint() { # ignores those set aside (step_000020.abandoned-1) and un
 saved_since() { # FILE
   local newest
   newest=$(newest_checkpoint)
-  [[ -n $newest && $newest/meta.json -nt $1 ]]
+  [[ -n $newest && -s $newest/meta.json && $newest/meta.json -nt $1 ]]
 }
 
 persist() { # COMMAND...: tries three times, because a busy controller answers late
   "$@" || { sleep 3 && "$@"; } || { sleep 3 && "$@"; }
+}
+
+job_field() { # NAME: as the controller shows it; empty if it has none or does not answer
+  persist scontrol --oneliner show job "$JOB" | sed -n "s/.* $1=\([^ (]*\).*/\1/p" || true
 }
 
 requeue() { # REASON [NODES TO EXCLUDE]
@@ -172,7 +181,7 @@ requeue() { # REASON [NODES TO EXCLUDE]
     persist scontrol requeue "$JOB" || end 75 "$1; Slurm cannot requeue the job: submit it again, or let the next job of its chain continue"
   else
     local excluded
-    excluded=$(scontrol --oneliner show job "$JOB" | sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p')
+    excluded=$(job_field ExcNodeList)
     persist scontrol requeuehold "$JOB" || end 75 "$1; submit it again with --exclude=$2"
     until scontrol update "JobId=$JOB" "ExcNodeList=$2${excluded:+,$excluded}" 2>/dev/null; do sleep 1; done
     until scontrol release "$JOB"; do sleep 1; done
@@ -182,14 +191,15 @@ requeue() { # REASON [NODES TO EXCLUDE]
 
 stop=
 on_usr1() { # repeats the signal, because ranks that are still starting ignore it
+  [[ $COMMAND == train ]] || { say "stop signal received; $COMMAND has nothing to save and goes on" && return 0; }
   say "stop signal received; the ranks finish their step and save"
   stop=USR1
   [[ -z ${nag:-} ]] || return 0
   while kill -0 $$; do scancel --signal=USR1 "$JOB" || true && sleep 5; done 2>/dev/null &
   nag=$!
   local limit
-  limit=$(scontrol --oneliner show job "$JOB" | sed -n 's/.* EndTime=\([0-9][^ ]*\).*/\1/p')
-  [[ -z $limit ]] || { late "$(date -d "$limit" +%s)" & last_call=$!; }
+  limit=$(job_field EndTime)
+  [[ $limit != [0-9]* ]] || { late "$(date -d "$limit" +%s)" & last_call=$!; }
 }
 late() { # END: Slurm does not requeue a job that reaches its time limit
   while (($(date +%s) < $1 - 30)); do sleep 5; done
@@ -199,6 +209,11 @@ trap on_usr1 USR1
 trap 'stop=TERM' TERM # Slurm ends the job: it has signalled the ranks and decided about a requeue
 trap 'kill ${nag:-} ${last_call:-} 2>/dev/null || true' EXIT
 trap 'say "line $LINENO of body.sh failed"' ERR
+
+heed_stop() { # before the ranks start
+  [[ $stop != TERM ]] || end 75 "ended by Slurm"
+  [[ $stop != USR1 ]] || requeue "stopped before training began"
+}
 
 in_step() { # COMMAND...: returns its exit code; traps run while it waits
   "$@" &
@@ -215,15 +230,20 @@ mkdir -p "$LOG_DIR" "$HF_HOME"
 ((ATTEMPT <= MAX_RESTARTS)) || end 75 "MAX_RESTARTS=$MAX_RESTARTS is exceeded; submit the job again"
 if [[ $COMMAND == train ]]; then
   owner=$(cat "$RUN_DIR/logs/job" 2>/dev/null || echo "$JOB")
+  busy() { [[ $owner != "$JOB" && -n $(squeue --noheader --states="$1" --jobs="$owner" 2>/dev/null) ]]; }
   # The next job of a chain may start while nodes of the last one are still being cleaned.
-  while [[ $owner != "$JOB" && -n $(squeue --noheader --states=CG --jobs="$owner" 2>/dev/null) ]]; do sleep 5; done
-  [[ $owner == "$JOB" || -z $(squeue --noheader --states=R,S --jobs="$owner" 2>/dev/null) ]] ||
-    end 2 "job $owner writes to $RUN_DIR; wait for it (--dependency=singleton), or set another --job-name"
+  for ((round = 0; round < 120; round++)); do
+    busy CG || break
+    ((round)) || say "waiting at most 10 minutes until the nodes of job $owner are cleaned"
+    sleep 5
+    heed_stop
+  done
+  ! busy R,S,CG || end 2 "job $owner writes to $RUN_DIR; wait for it (--dependency=singleton), or set another --job-name"
   echo "$JOB" >"$RUN_DIR/logs/job"
 fi
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # Below 32768: Linux uses the ports above for outgoing connections, so they may be taken.
-MASTER_ADDR=$(scontrol --oneliner show node "${hosts[0]}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+MASTER_ADDR=$(persist scontrol --oneliner show node "${hosts[0]}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + JOB % 10000))} NODE_NAMES="${hosts[*]}"
 if [[ -n $CONTAINER ]]; then
   if [[ -f $CONTAINER ]]; then sha256sum "$CONTAINER"; else echo "$CONTAINER"; fi >"$LOG_DIR/container.txt" &
@@ -236,8 +256,7 @@ while :; do
   rm -f "$LOG_DIR/bad-nodes"
   rc=0
   in_step "${CHECK[@]}" || rc=$?
-  [[ $stop != TERM ]] || end 75 "ended by Slurm"
-  [[ $stop != USR1 ]] || requeue "stopped before training began"
+  heed_stop
   ((rc != 2)) || end 2 "$(tail -n 1 "$LOG_DIR/check-node0.log")"
   if [[ -s $LOG_DIR/bad-nodes ]]; then
     say "bad nodes:" && sed 's/^/  /' "$LOG_DIR/bad-nodes"

@@ -35,6 +35,9 @@ from megatron_aspo.tools.doctor import doctor
 PATIENCE = timedelta(minutes=3)
 """Time that nodes wait for each other: imports from a busy shared file system are slow."""
 
+NODE_CHECK_LIMIT = timedelta(minutes=10)
+"""Time that the site's NODE_CHECK may take."""
+
 SILENCE = "does not answer"
 ELEMENTS = 16 << 20
 """Size of the reduced float32 tensor."""
@@ -44,10 +47,11 @@ def own_problems() -> list[str]:
     """Return the problems that `megatron-aspo doctor` and the site's NODE_CHECK find on this node, a line each."""
     problems = doctor.problems()
     command = ["bash", "-c", os.environ.get("NODE_CHECK", "")]
+    limit = NODE_CHECK_LIMIT.total_seconds()
     try:
-        done = subprocess.run(command, capture_output=True, errors="replace", timeout=PATIENCE.total_seconds())
+        done = subprocess.run(command, capture_output=True, errors="replace", timeout=limit)
     except subprocess.TimeoutExpired:
-        return [*problems, f"NODE_CHECK did not end in {PATIENCE.total_seconds():.0f} s"]
+        return [*problems, f"NODE_CHECK did not end in {limit:.0f} s"]
     if done.returncode:
         words = (done.stdout + done.stderr).split()
         problems.append(f"NODE_CHECK ended with {done.returncode}: {' '.join(words)[-200:]}")
@@ -61,14 +65,15 @@ class Meeting:
         self.rank, self.nodes, self.patience = rank, nodes, patience
         self.store = self._store(rank == 0)
 
-    def gather(self, topic: str, problems: list[str]) -> list[list[str]]:
-        """Return the problems of every node, [SILENCE] for a node that does not answer. Collective."""
+    def gather(self, topic: str, problems: list[str], longer: timedelta = timedelta(0)) -> list[list[str]]:
+        """Return the problems of every node, [SILENCE] for a node that does not answer in `patience` plus `longer`
+        after the first one. Collective."""
         self.store.set(f"{topic}/{self.rank}", json.dumps(problems))
         if self.rank == 0:
-            deadline = time.monotonic() + self.patience.total_seconds()
+            deadline = time.monotonic() + (self.patience + longer).total_seconds()
             reports = [self._receive(f"{topic}/{node}", deadline) for node in range(self.nodes)]
             self.store.set(topic, json.dumps(reports))
-        self.store.wait([topic], 2 * self.patience)  # the first node waits for the slowest one first
+        self.store.wait([topic], 2 * (self.patience + longer))  # the first node waits for the slowest one first
         return json.loads(self.store.get(topic))
 
     def leave(self, present: list[int]) -> None:
@@ -195,7 +200,8 @@ def blame(names: list[str], reports: list[list[str]]) -> dict[str, str]:
 def find_bad_nodes(meeting: Meeting, names: list[str], folder: Path) -> dict[str, str]:
     """Return the names of bad nodes, with reasons. Collective."""
     write_canary(meeting, folder)
-    bad = reasons(names, meeting.gather("own", own_problems() + folder_problems(meeting, folder)))
+    longer = NODE_CHECK_LIMIT if "NODE_CHECK" in os.environ else timedelta(0)
+    bad = reasons(names, meeting.gather("own", own_problems() + folder_problems(meeting, folder), longer))
     if bad or meeting.nodes == 1:
         return bad
     nodes = list(range(meeting.nodes))

@@ -184,7 +184,7 @@ class TokenLoss:
         inputs, terms = self.terms(masked, entropy)
         token_loss = terms.value if self.factor is None else terms.value * self.factor
         anchor = tokens.anchor_logprobs(config)
-        anchor = masked if anchor is None else anchor
+        anchor = masked if anchor is None else _known(anchor, masked)
         by_sign = {
             "ratio": inputs.ratio,
             "weight": terms.weight,
@@ -195,7 +195,8 @@ class TokenLoss:
         by_token = {"approx_kl": kl_terms(anchor, masked, "k3")[0], "nll": -masked}
         maxima = {"log_ratio_max": _largest((masked - anchor).abs(), mask)}
         if config.anchor_band is not None:
-            by_token["anchor_cut"] = _left_out(masked - anchor, config)
+            assert tokens.rollout_logprobs is not None  # checked with the tokens
+            by_token["anchor_cut"] = _left_out(masked - tokens.rollout_logprobs, config)
         if entropy is not None:
             by_token["entropy"] = entropy
             if config.entropy_coef:
@@ -206,8 +207,9 @@ class TokenLoss:
                 token_loss = token_loss + self._at_kl_tokens(config.kl_coef * by_token["kl"], entropy)
         if tokens.rollout_logprobs is not None and (config.anchor == "trainer" or tokens.old_logprobs is not None):
             old = masked if tokens.old_logprobs is None else tokens.old_logprobs
-            by_token["rollout_logprob_diff"] = (old - tokens.rollout_logprobs).abs()
-            by_token["rollout_kl"], _ = kl_terms(tokens.rollout_logprobs, old, "k3")
+            sampler = _known(tokens.rollout_logprobs, old)
+            by_token["rollout_logprob_diff"] = (old - sampler).abs()
+            by_token["rollout_kl"], _ = kl_terms(sampler, old, "k3")
             if config.anchor == "rollout":
                 by_token["update_logprob_diff"] = (masked - old).abs()
         if self.factor is not None:
@@ -300,6 +302,11 @@ def _means(values: Mapping[str, Tensor], chosen: Mapping[str, Tensor]) -> dict[s
 
 def _ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def _known(sampler: Tensor, otherwise: Tensor) -> Tensor:
+    """Log-probs of the sampler, `otherwise` where they are missing: one such token would outweigh all in a mean."""
+    return torch.where(sampler < -LOWEST_LOGPROB, sampler, otherwise)
 
 
 def _left_out(log_ratio: Tensor, config: PolicyLossConfig) -> Tensor:

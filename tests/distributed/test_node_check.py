@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from ranks import run
 
+from megatron_aspo.commands import node_check
 from megatron_aspo.commands.node_check import SILENCE, Meeting, find_bad_nodes
 
 pytestmark = pytest.mark.distributed
@@ -58,6 +59,16 @@ def check_slowly(folder: Path) -> dict[str, str]:
     return found
 
 
+def hang(folder: Path) -> dict[str, str]:
+    """The third node's own check hangs for longer than nodes wait for each other."""
+    meeting = meet(5)
+    node_check.NODE_CHECK_LIMIT = timedelta(seconds=8)
+    os.environ["NODE_CHECK"] = "sleep 100" if meeting.rank == 2 else "true"
+    found = find_bad_nodes(meeting, NAMES, folder)
+    meeting.leave(list(range(4)))
+    return found
+
+
 def abort(folder: Path) -> dict[str, str]:
     """The third node's reductions abort their process, as NCCL's watchdog does."""
     meeting = meet(30)
@@ -91,6 +102,10 @@ def test_a_node_that_is_gone(tmp_path: Path) -> None:
 
 def test_a_slow_first_node_with_a_fault(tmp_path: Path) -> None:
     assert run(4, check_slowly, tmp_path) == [{"node0": "NODE_CHECK ended with 1: no driver"}] * 4
+
+
+def test_a_check_that_hangs(tmp_path: Path) -> None:
+    assert run(4, hang, tmp_path) == [{"node2": "NODE_CHECK did not end in 8 s"}] * 4
 
 
 def test_a_reduction_that_ends_its_process(tmp_path: Path) -> None:

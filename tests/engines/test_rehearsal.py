@@ -1,4 +1,4 @@
-"""`megatron-aspo plan`: a whole step of Policy on GPUs that are not there, with Transformer Engine's own Python.
+"""`megatron-aspo plan`: a whole step of Policy on simulated GPUs, with Transformer Engine's own Python.
 
 The ranks of one case run beside each other, each in a process of its own, as the command starts them.
 """

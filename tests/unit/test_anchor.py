@@ -113,7 +113,7 @@ def test_masked_sampler_logprobs_may_be_anything() -> None:
 
 @pytest.mark.parametrize(
     ("bad", "band"),
-    [*((bad, BAND) for bad in (-30.0, -math.inf, math.inf, math.nan)), (math.nan, (0.0, 5.0)), (math.nan, None)],
+    [(-30.0, BAND), *((bad, band) for bad in (-math.inf, math.inf, math.nan) for band in (BAND, (0.0, 5.0), None))],
 )
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -130,6 +130,27 @@ def test_a_token_that_is_left_out_changes_no_other_tokens_gradient(
     assert gradient[at] == 0
     torch.testing.assert_close(gradient, without, rtol=1e-12, atol=1e-14)
     assert math.isfinite(out.loss_sum)
+
+
+@pytest.mark.parametrize("missing", [-math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("settings", [{"anchor": "rollout"}, {"rollout_correction": "truncate"}], ids=str)
+def test_a_missing_logprob_is_in_no_metric_of_the_sampler(settings: dict[str, Any], missing: float) -> None:
+    """The means are those of a token on which sampler and trainer agree."""
+    batch, config = make_batch(), PolicyLossConfig(**settings)
+    if config.corrects_rollout:
+        batch["old_logprobs"] = batch["rollout_logprobs"] + 0.1
+    trainer = batch["old_logprobs" if config.corrects_rollout else "logprobs"]
+    found = []
+    at = tuple(batch["loss_mask"].nonzero()[4].tolist())
+    for logprob in (missing, trainer[at].item()):
+        rollout = batch["rollout_logprobs"].clone()
+        rollout[at] = logprob
+        out, _, _ = differentiate(batch | {"rollout_logprobs": rollout}, config)
+        means = numbers(out.metrics)
+        names = [name for name in means if name.startswith(("approx_kl", "rollout_logprob_diff", "rollout_kl"))]
+        found.append([means[name] for name in names] + [float(out.maxima["log_ratio_max"])])
+    assert found[0] == found[1]
+    assert len(found[0]) > 3
 
 
 def test_a_token_that_became_impossible_is_outside_every_band() -> None:

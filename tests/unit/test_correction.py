@@ -145,9 +145,8 @@ def test_masked_tokens_neither_veto_nor_count() -> None:
         assert torch.equal(out.maxima["rollout_ratio_max"], right.maxima["rollout_ratio_max"])
 
 
-@pytest.mark.parametrize("log_ratio", [200.0, -200.0, math.inf])
+@pytest.mark.parametrize("log_ratio", [200.0, -200.0])
 def test_extreme_mismatch_stays_finite(log_ratio: float) -> None:
-    """An infinite log ratio: the sampler returned -inf for its own token."""
     batch = make_batch()
     batch["rollout_logprobs"][0, 1] = batch["old_logprobs"][0, 1] - log_ratio
     for kind, factor in (("truncate", HIGH if log_ratio > 0 else math.exp(-20)), ("mask", 0.0)):
@@ -165,10 +164,11 @@ def test_extreme_mismatch_stays_finite(log_ratio: float) -> None:
     "setting",
     [{"kind": "mask"}, {"kind": "truncate"}, {"kind": "none", "veto": 0.1}, {"kind": "none", "band": (0.01, 100.0)}],
 )
-def test_a_token_without_a_sampler_logprob_is_left_out(setting: dict[str, Any]) -> None:
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf])
+def test_a_token_without_a_sampler_logprob_is_left_out(setting: dict[str, Any], missing: float) -> None:
     batch = make_batch()
     right = differentiate(batch, config_of(**setting))[1]
-    batch["rollout_logprobs"][0, 1] = math.nan
+    batch["rollout_logprobs"][0, 1] = missing
     out, gradient, _ = differentiate(batch, config_of(**setting))
     assert abs(gradient[0, 1].item()) < 1e-8  # ratio e^-20
     dropped = setting["kind"] == "none"

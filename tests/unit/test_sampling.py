@@ -58,7 +58,7 @@ class SlowRanks:
     def lanes(self) -> Any:
         return SimpleNamespace(others=1, receive=lambda sender, buffer, tag: buffer.copy_(self.arrays))
 
-    def receive(self) -> Any:
+    def receive(self, everywhere: bool = True) -> Any:
         while True:
             match self.messages.popleft():
                 case "refit", version:
@@ -75,7 +75,7 @@ class SlowRanks:
                     )
                     self.arrays = pack_arrays([sample])
                     batch = Batch([], {}, {"positions": [self.position]}, 0.0, 0.0, self.weight_version)
-                    return batch, [1], to_table([sample]), []
+                    return batch, [1], to_table([sample]), [], False
 
 
 @dataclass

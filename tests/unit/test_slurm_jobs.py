@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 SRUN = """#!/bin/bash
-save() { mkdir -p $RUNS/mine/checkpoints/$1 && sleep 0.1 && touch $RUNS/mine/checkpoints/$1/meta.json; }
+save() { mkdir -p $RUNS/mine/checkpoints/$1 && sleep 0.1 && echo {} >$RUNS/mine/checkpoints/$1/meta.json; }
 case $* in
   *node_check*)
     touch $LOGS/rank.env
@@ -26,20 +26,21 @@ case $* in
 esac
 """
 OTHERS = """#!/bin/bash
-echo "$(basename $0) $*" >>$STATE/calls
-fails=$STATE/fails
-case "$(basename $0) $*" in
+call="$(basename $0) $*" fails=$STATE/fails
+echo "$call" >>$STATE/calls
+[[ ! -s $fails || $call != "$(head -n 1 $fails)"* ]] || { sed -i 1d $fails && exit 1; }
+case $call in
   *"show job"*) echo "JobId=7 EndTime=$(date -d "@$(($(date +%s) + 34))" +%FT%T) ExcNodeList=(null)" ;;
   *"show hostnames"*) printf 'node%d\\n' 0 1 2 3 ;;
   *"show node"*) echo " NodeAddr=127.0.0.1 " ;;
   *"scontrol requeue 7"*) [[ -f $fails ]] || kill -TERM $PPID ;;
 esac
-[[ ! -f $fails ]] || ! grep -q "$(basename $0) $1" $fails || { : >$fails && exit 1; }
 """
 
 
 class Stage:
-    """A folder with the programs. `plan` has a line of commands for each start of the ranks."""
+    """A folder with the programs. `plan` has a line of commands for each start of the ranks. The file `fails` has the
+    beginnings of calls that fail, in order."""
 
     def __init__(self, folder: Path, plan: str) -> None:
         self.folder = folder
@@ -112,22 +113,46 @@ def test_a_job_with_the_same_resume_path_continues_the_run(tmp_path: Path) -> No
     )
 
 
+def leave_a_job(folder: Path, state: str, times: int) -> None:
+    """Job 6 has used the run's folder, and squeue names it `times` times when asked for jobs in `state`."""
+    (folder / "squeue").write_text(
+        f'#!/bin/bash\necho "$*" >>$STATE/calls\n'
+        f"[[ $* != *{state}* || $(grep -c states $STATE/calls) -gt {times} ]] || echo 6 mine\n"
+    )
+    (folder / "runs" / "mine" / "logs").mkdir(parents=True)
+    (folder / "runs" / "mine" / "logs" / "job").write_text("6\n")
+
+
 def test_a_job_waits_for_the_nodes_of_the_last_one(tmp_path: Path) -> None:
     """The next job of a chain starts while one node of the last job is still being cleaned."""
     stage = Stage(tmp_path, "true")
-    (tmp_path / "squeue").write_text(
-        '#!/bin/bash\necho "$*" >>$STATE/calls\n[[ $* != *CG* || $(wc -l <$STATE/calls) -gt 1 ]] || echo 6 mine\n'
-    )
-    (tmp_path / "runs" / "mine" / "logs").mkdir(parents=True)
-    (tmp_path / "runs" / "mine" / "logs" / "job").write_text("6\n")
+    leave_a_job(tmp_path, "CG", times=1)
     code, said = stage.run()
     assert code == 0, said
+    assert "waiting at most 10 minutes until the nodes of job 6 are cleaned" in said
     assert [line.split("--states=")[1].split()[0] for line in stage.lines("calls") if "states" in line] == [
-        *("CG", "CG", "R,S")
+        *("CG", "CG", "R,S,CG")
     ]
 
 
-@pytest.mark.parametrize("call", ["requeuehold", "release"])
+def test_a_job_does_not_wait_for_ever_for_a_node(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, "true")
+    leave_a_job(tmp_path, "CG", times=1000)
+    process = stage.start()
+    assert process.stdout is not None
+    assert "nodes of job 6" in process.stdout.readline()
+    process.terminate()
+    said, _ = process.communicate(timeout=20)
+    assert (process.returncode, said.splitlines()[-1].endswith("ended by Slurm")) == (75, True), said
+    (tmp_path / "sleep").write_text("#!/bin/bash\n")
+    (tmp_path / "sleep").chmod(0o755)
+    code, said = stage.run()
+    assert code == 2
+    assert "job 6 writes to" in said
+    assert not stage.lines("steps")
+
+
+@pytest.mark.parametrize("call", ["requeuehold", "release", "--oneliner show job", "--oneliner show node"])
 def test_a_busy_controller_does_not_leave_the_job_held(tmp_path: Path, call: str) -> None:
     stage = Stage(tmp_path, "true")
     (tmp_path / "check").write_text("echo node1 no driver >$LOGS/bad-nodes; exit 1")
@@ -135,7 +160,36 @@ def test_a_busy_controller_does_not_leave_the_job_held(tmp_path: Path, call: str
     code, said = stage.run()
     assert (code, said.splitlines()[-1].endswith("the node check failed; requeued")) == (75, True), said
     changes = [line.split()[1] for line in stage.lines("calls") if line.startswith("scontrol") and "show" not in line]
-    assert changes == sorted(["requeuehold", "update", "release", call], key=["requeuehold", "update", "release"].index)
+    order = ["requeuehold", "update", "release"]
+    assert changes == sorted([*order, *{call}.intersection(order)], key=order.index)
+
+
+def send(stage: Stage, number: signal.Signals, *words: str) -> tuple[int, str]:
+    """Exit code and output of a job whose script gets a signal once its ranks run."""
+    process = stage.start(*words)
+    while not stage.lines("steps"):
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def test_a_controller_that_does_not_answer_when_a_job_is_told_to_stop(tmp_path: Path) -> None:
+    """The ranks save after all calls have failed."""
+    stage = Stage(tmp_path, "while [[ -s $STATE/fails ]]; do sleep 0.2; done; echo 5 >$RUNS/mine/interrupted")
+    (tmp_path / "fails").write_text("scontrol --oneliner show job\n" * 3)
+    code, said = send(stage, signal.SIGUSR1)
+    assert (code, said.splitlines()[-1].endswith("step 5 is saved; requeued")) == (75, True), said
+
+
+def test_an_evaluation_goes_on_until_the_time_limit(tmp_path: Path) -> None:
+    """It has nothing to continue from, and runs once."""
+    stage = Stage(tmp_path, "sleep 8")
+    code, said = send(stage, signal.SIGUSR1, "COMMAND=eval")
+    assert code == 0, said
+    assert "eval has nothing to save and goes on" in said
+    assert not any(word in line for line in stage.lines("calls") for word in ("show job", "requeue", "scancel"))
 
 
 def test_a_step_that_outlasts_the_time_limit_is_requeued(tmp_path: Path) -> None:

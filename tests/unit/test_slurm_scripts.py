@@ -75,7 +75,7 @@ def test_a_run_is_named_by_its_job_or_its_recipe(words: list[str], job_name: str
         assert f"--output={ROOT}/runs/{name}/logs/" in line
 
 
-@pytest.mark.parametrize("named", ["name: 'mine'  # quoted", 'name:   "mine"', "name: mine", "seed: 1"])
+@pytest.mark.parametrize("named", ["name: 'mine'  # quoted", 'name:   "mine"', "name: mine # x", "name: # x", "seed: 1"])
 def test_a_name_is_read_from_a_file_of_the_users(named: str, tmp_path: Path) -> None:
     """A file without a name has its own."""
     recipe = tmp_path / "mine.yaml"
@@ -85,6 +85,21 @@ def test_a_name_is_read_from_a_file_of_the_users(named: str, tmp_path: Path) -> 
     line = dry_run("aspo_32b", f"RECIPE={recipe}").stdout
     assert " name=mine output_dir=/scratch/me " in line
     assert "--output=/scratch/me/mine/logs/" in line
+    recipe.write_text(f'{named}\noutput_dir: "/scratch/my group"  # large\n')
+    for command in dry_run("aspo_32b", f"RECIPE={recipe}").stdout.splitlines():
+        assert "output_dir=/scratch/my group" in shlex.split(command)
+
+
+@pytest.mark.parametrize("field", ["name: ${oc.env:USER}", "output_dir: ${oc.env:SCRATCH}/runs", 'output_dir: "a\\x20b"'])
+def test_a_name_that_only_python_resolves_is_refused(field: str, tmp_path: Path) -> None:
+    """Else the script would look for the run's checkpoints and signals in a folder of another name."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"{field}\n")
+    done = dry_run("aspo_32b", f"RECIPE={recipe}")
+    assert done.returncode == 2
+    (line,) = done.stdout.splitlines()
+    assert f"give {field.partition(':')[0]}=" in line
+    assert dry_run("aspo_32b", f"RECIPE={recipe}", "name=mine", "output_dir=/scratch").returncode == 0
 
 
 def test_another_command_gets_its_options_and_the_node_check_settings_alone() -> None:
@@ -238,5 +253,7 @@ def test_a_job_goes_on_from_what_it_saved_and_from_nothing_set_aside(tmp_path: P
 
     assert shell(started=1e9) == [str(checkpoints / "step_000010"), "nothing"]
     assert shell(started=1e9 - 60) == [str(checkpoints / "step_000010"), "saved"]
+    (checkpoints / "step_000010" / "meta.json").write_text("")  # a full disk; the ranks pass over it too
+    assert shell(started=1e9 - 60) == [str(checkpoints / "step_000010"), "nothing"]
     shutil.rmtree(checkpoints)
     assert shell(started=1e9) == ["nothing"]

@@ -1,4 +1,4 @@
-"""A CUDA device that is not there: what torch, Megatron-Core and Transformer Engine ask of it between kernels.
+"""A simulated CUDA device: what torch, Megatron-Core and Transformer Engine ask of it between kernels.
 
 Fake tensors (`torch._subclasses.FakeTensorMode`) may lie on "cuda" without a GPU. All private functions of torch that
 this takes are in this file: tests/unit/test_rehearsal_torch.py says which one broke when torch moves.
@@ -69,7 +69,7 @@ def pretend(on_sync: Callable[[str], None], capability: tuple[int, int], memory:
         deny_primary_context()
     Stream.on_sync = staticmethod(on_sync)
     properties = types.SimpleNamespace(
-        name="a GPU that is not there",
+        name="simulated GPU",
         major=capability[0],
         minor=capability[1],
         multi_processor_count=132,

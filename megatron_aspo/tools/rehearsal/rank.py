@@ -38,7 +38,7 @@ def _tape_now() -> Tape | None:
 
 @functools.cache
 def install(capability: tuple[int, int], memory: int) -> None:
-    """Change this process, once and for good, into one with GPUs that are not there."""
+    """Change this process, once and for good, into one with simulated GPUs."""
     os.environ["MEGATRON_ASPO_KERNELS"] = "auto"
     collectives.install(_tape_now)  # Megatron-Core binds some of them when it is imported
     engine.install(engine.extension(_tape_now, capability))
