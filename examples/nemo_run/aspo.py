@@ -3,6 +3,7 @@
 NeMo-Run starts the same ranks as `megatron-aspo train`, in the project's environment or container.
 """
 
+import glob
 import json
 import os
 import shlex
@@ -129,9 +130,9 @@ def absolute_paths(config: RunConfig) -> tuple[list[str], list[Path]]:
 
     def whole(value: str) -> str:
         path = ROOT / value
-        if not value or Path(value).is_absolute() or not any(ROOT.glob(value)):
+        if not value or Path(value).is_absolute() or not glob.glob(str(path)):
             return value
-        folders.add(path.parent)
+        folders.add(next(folder for folder in path.parents if not glob.has_magic(str(folder))))
         return str(path)
 
     data = config.data

@@ -40,8 +40,8 @@ def run(
         reward: judge of all responses: a function of a response's text and its prompt's entry, a `Verifier`, or the
             name of one. Default: that of the configured source; "math" with `prompts`.
         prompts: constructor of the source of problems, called with `data.seed` for training and `data.eval_seed` for
-            held-out problems. Only prompt_template, chat_template, the seeds, eval_prompts and overlong_prompts of
-            the section `data` apply then.
+            held-out problems. Only prompt_template, chat_template, chat_template_args, the seeds, eval_prompts and
+            overlong_prompts of the section `data` apply then.
         report: writes a page about the folder of the finished run, such as `tools.report.write_report`.
         argv: command line to record.
 

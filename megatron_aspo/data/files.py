@@ -99,11 +99,17 @@ def open_table(config: SourceConfig, pattern: str, cache_dir: Path) -> pa.Table:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if table := _mapped(cached):
                 return table
-            # Some shared file systems lock within a host only. Hosts that write at once each publish a whole file.
-            own = cached.with_name(f"{cached.stem}-{os.uname().nodename}-{os.getpid()}{cached.suffix}")
+            # Some shared file systems lock within a host only. Of hosts that write at once the first publishes: a file
+            # that others have mapped must stay.
+            own = cached.with_name(f"{cached.stem}-{os.uname().nodename}{cached.suffix}")
             with write_atomically(own) as partial:
                 _convert(files, config, partial)
-            os.replace(own, cached)
+            try:
+                os.link(own, cached)
+            except OSError:  # there is one, perhaps damaged, or the file system has no hard links
+                if _mapped(cached) is None:
+                    os.replace(own, cached)
+            own.unlink(missing_ok=True)
         return pa.ipc.open_file(pa.memory_map(str(cached))).read_all()
     except OSError as error:  # of the cache; `read_rows` reports those of the files
         raise UserError(f"data.cache_dir={cache_dir} cannot be used: {error}; choose another") from None

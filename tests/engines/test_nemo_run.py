@@ -98,7 +98,8 @@ def test_dry_run_of_a_recipe(aspo: Aspo, checkout: Path, name: str, nodes: str) 
 
 def test_dry_run_in_a_container(aspo: Aspo, checkout: Path) -> None:
     flags = ["run.executor=slurm_container", "run.executor.container_image=aspo.sqsh", "run.executor.account=me"]
-    done = aspo("--factory", "qwen2_5_32b", "--dryrun", "nodes=8", *flags)
+    data = ["data.path=data/**.json"]
+    done = aspo("--factory", "qwen2_5_32b", "--dryrun", "nodes=8", *flags, settings=data)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "#SBATCH --nodes=8" in done.stdout
     assert "#SBATCH --account=me" in done.stdout
@@ -109,6 +110,8 @@ def test_dry_run_in_a_container(aspo: Aspo, checkout: Path) -> None:
     assert mounts is not None
     folders = [f"{checkout}/{name}" for name in ("runs", ".cache/huggingface", "data")]
     assert mounts[1].startswith(",".join(f"{folder}:{folder}" for folder in folders))
+    assert "*" not in mounts[1]
+    assert f"data.path={checkout}/data/**.json" in done.stdout.replace("'", "")
     assert "exec python -m megatron_aspo.commands.train" in done.stdout
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import multiprocessing
+import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -225,7 +228,8 @@ def test_a_damaged_file_of_the_cache_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_hosts_that_fill_the_cache_at_once_have_whole_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where locks hold within a host only: both convert the files, and each waits until the other has begun."""
+    """Where locks hold within a host only: both convert the files, and each waits until the other has begun. The second
+    takes the file of the first, which has it mapped."""
     write(tmp_path / "a.jsonl", DEEPSCALER)
     config, both = (
         SourceConfig(path=str(tmp_path / "a.jsonl"), reward="math"),
@@ -236,17 +240,40 @@ def test_hosts_that_fill_the_cache_at_once_have_whole_tables(tmp_path: Path, mon
     def slow(*arguments: Any) -> None:
         both.wait(30)
         convert(*arguments)
+        time.sleep(2 * (os.uname().nodename == "host1"))
 
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     monkeypatch.setattr(files, "_convert", slow)
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        counts = [pool.apply_async(rows_of, (config, tmp_path / "cache")) for _ in range(2)]
-        assert [count.get(60) for count in counts] == [len(DEEPSCALER)] * 2
-    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
+        found = [pool.apply_async(rows_and_file, (f"host{i}", config, tmp_path / "cache")) for i in range(2)]
+        (rows, first), (other_rows, last) = [result.get(60) for result in found]
+    assert rows == other_rows == len(DEEPSCALER)
+    assert first == last
+    assert len(list((tmp_path / "cache").glob("*.arrow*"))) == 1
 
 
-def rows_of(config: SourceConfig, cache: Path) -> int:
-    return open_table(config, config.path, cache).num_rows
+def rows_and_file(host: str, config: SourceConfig, cache: Path) -> tuple[int, int]:
+    os.uname = lambda: SimpleNamespace(nodename=host)  # type: ignore[assignment, return-value]
+    rows = open_table(config, config.path, cache).num_rows
+    (cached,) = (file for file in cache.glob("*.arrow") if "host" not in file.name)
+    return rows, cached.stat().st_ino
+
+
+def test_what_a_killed_process_has_left_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.jsonl", DEEPSCALER)
+    config, convert = SourceConfig(path=str(tmp_path / "a.jsonl"), reward="math"), files._convert
+
+    def killed(rows: Any, config: SourceConfig, partial: Path) -> None:
+        partial.write_text("half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_convert", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_table(config, config.path, tmp_path / "cache")
+    monkeypatch.setattr(files, "_convert", convert)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert open_table(config, config.path, tmp_path / "cache").num_rows == len(DEEPSCALER)
+    assert len(list((tmp_path / "cache").glob("*.arrow*"))) == 1
 
 
 ROWS: list[dict[str, Any]] = [{"prompt": "x", "answer": "1"}] * 16

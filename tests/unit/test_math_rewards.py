@@ -155,21 +155,40 @@ def test_settings(section: Any, name: str, value: float) -> None:
         section(**{name: value})
 
 
+USE = """
+import pathlib, sys
+sys.path[:0] = sys.argv[1:]
+from megatron_aspo.config.rewards import MathRewardConfig
+from megatron_aspo.rewards.mathematics.verifier import MathVerifier
+with MathVerifier(MathRewardConfig(workers=1)) as verifier:
+    print(verifier.submit(r"\\boxed{x + 1}", "1 + x").result().score)
+"""
+
+
+def use(folder: Path, *arguments: str) -> tuple[str, str]:
+    """Output and errors of a program that judges an answer, started in `folder`."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", USE, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.stdout, done.stderr
+
+
 def test_judges_have_the_package_of_their_trainer(tmp_path: Path) -> None:
     """A copy that is not installed, found by the working folder, as in a container with the packages it needs."""
     copy = tmp_path / "megatron_aspo"
     shutil.copytree(Path(megatron_aspo.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     worker = copy / "rewards" / "mathematics" / "worker.py"
     worker.write_text(worker.read_text() + "\nimport os\nos.write(2, b'the copy')\n")
-    use = """
-from megatron_aspo.config.rewards import MathRewardConfig
-from megatron_aspo.rewards.mathematics.verifier import MathVerifier
-with MathVerifier(MathRewardConfig(workers=1)) as verifier:
-    print(verifier.submit(r"\\boxed{x + 1}", "1 + x").result().score)
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("1.0\n", "the copy")
+    assert use(tmp_path) == ("1.0\n", "the copy")
+
+
+def test_an_installed_package_does_not_hide_pythons_modules_from_judges(tmp_path: Path) -> None:
+    """Old pins bring a `pathlib` from the package index."""
+    packages = tmp_path / "site-packages"
+    packages.mkdir()
+    (packages / "megatron_aspo").symlink_to(Path(megatron_aspo.__file__).parent)
+    (packages / "pathlib.py").write_text("raise ImportError('of Python 2')")
+    assert use(tmp_path, str(packages)) == ("1.0\n", "")
 
 
 def test_cores_are_shared_by_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:

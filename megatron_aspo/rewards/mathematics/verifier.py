@@ -100,8 +100,11 @@ class MathVerifier(JudgePool):
     def _start_worker(self) -> Any:
         # With the same hash seed everywhere sets have the same order; sympy's steps follow it. `-P` leaves out the
         # working folder, where `python -m` has found this package if it is not installed.
-        path = os.pathsep.join([str(_PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        process: Any = self.start(self._command, env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": path})
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        if _PACKAGE.parent.name not in ("site-packages", "dist-packages"):  # packages must not hide Python's own modules
+            inherited = filter(None, [os.environ.get("PYTHONPATH")])
+            environment["PYTHONPATH"] = os.pathsep.join([str(_PACKAGE.parent), *inherited])
+        process: Any = self.start(self._command, env=environment)
         try:
             pickle.load(process.stdout)
         except (EOFError, pickle.UnpicklingError):
