@@ -25,12 +25,14 @@ from page import (
     meaning,
     missing_lines,
     origin,
+    planned_keys,
     status,
     tests_table,
     verdicts_table,
     with_parts,
 )
 from planning import power_table
+from unplanned import contrasts, findings
 
 from megatron_aspo.errors import UserError
 
@@ -41,13 +43,16 @@ def parts(judged: Sequence[Judged], packed: Packed, pictured: bool) -> dict[str,
     """Return the generated parts of the pages by name."""
     picture = f"![Reward, entropy and repeated attempts by arm, with 95 % bands]({PICTURE})"
     missing = [*packed.refused, *missing_lines(judged)]
+    planned = planned_keys(judged)
     return {
         "status": status(judged) + (f"\n\n{picture}" if pictured else ""),
         "verdicts": verdicts_table(judged),
         "meaning": meaning(judged),
+        "unplanned": findings(planned, packed.runs),
         "demonstration": demonstration(packed.runs),
         "tests": tests_table(judged),
         "arms": arms_table(judged, packed.runs),
+        "contrasts": contrasts(planned, packed.runs),
         "origin": origin(packed.runs),
         "missing": "\n".join(f"- {line}" for line in missing) or "Nothing.",
     }
@@ -57,8 +62,7 @@ def evidence(docs: Path, results: Path, claims: Sequence[Claim]) -> tuple[list[J
     """Recount the pages in `docs` from the packed runs."""
     packed = load(results)
     judged = judge_all(packed.runs, claims)
-    planned = {key for j in judged for seed in j.test.claim.seeds for key in j.test.keys(seed)}
-    generated = parts(judged, packed, draw(packed.runs, docs / PICTURE, planned))
+    generated = parts(judged, packed, draw(packed.runs, docs / PICTURE, planned_keys(judged)))
     for page in (docs / "evidence.md", docs / "lab" / "objectives.md"):
         page.write_text(with_parts(page.read_text(encoding="utf-8"), generated), encoding="utf-8")
     return judged, packed

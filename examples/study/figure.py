@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from design import Key
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from measures import filled
+from measures import MEASURES, filled
 from packed import Metrics
 from paired import Numbers, interval
 
@@ -49,6 +49,7 @@ CURVES = "Curves"
 """Name of the text in the picture's file that holds the digest of what it shows."""
 
 Runs = Mapping[Key, Metrics]
+Band = tuple[Numbers, Numbers, Numbers]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Row:
         """Curves [seeds, points] by arm."""
         return {arm: np.array([curve(runs[s], column) for s in self.seeds]) for arm, runs in self.of_arm.items()}
 
+    def bands(self, column: str) -> dict[str, Band]:
+        """Mean, low and high [points] by arm."""
+        fell = [arm for arm, runs in self.of_arm.items() if any(map(MEASURES["collapse"], runs.values()))]
+        return bands(self.curves(column), fell)
+
 
 def curve(run: Metrics, title: str) -> Numbers:
     """Return the metric's means over `SPANS` equal spans of the run's steps."""
@@ -76,20 +82,22 @@ def spans(values: Numbers) -> Numbers:
     return np.array([part.mean() for part in np.array_split(filled(values), min(SPANS, len(values)))])
 
 
-def bands(curves: Mapping[str, Numbers]) -> dict[str, tuple[Numbers, Numbers, Numbers]]:
+def bands(curves: Mapping[str, Numbers], collapsed: Collection[str] = ()) -> dict[str, Band]:
     """Return mean, low and high by arm of curves [seeds, points].
 
     The bands compare arms, so that the mean of all seeds replaces each seed's mean over the arms (Cousineau, Tutor.
-    Quant. Methods Psychol. 1, 2005), with Morey's correction of the variance (ibid. 4, 2008).
+    Quant. Methods Psychol. 1, 2005), with Morey's correction of the variance (ibid. 4, 2008). Arms with collapsed runs
+    have plain t bands and are in no seed's mean: the steps at which runs collapse would widen the other arms' bands.
     """
-    every = np.stack(list(curves.values()))
-    shifted = every - every.mean(0) + every.mean((0, 1))
-    arms = len(every)
-    widening = np.sqrt(arms / (arms - 1)) if arms > 1 else 1.0
-    found: dict[str, tuple[Numbers, Numbers, Numbers]] = {}
-    for arm, of_seeds in zip(curves, shifted, strict=True):
-        mean, low, high = interval(of_seeds.T)
-        found[arm] = mean, mean - widening * (mean - low), mean + widening * (high - mean)
+    compared = [curve for arm, curve in curves.items() if arm not in collapsed]
+    every = np.stack(compared or list(curves.values()))
+    shift = every.mean((0, 1)) - every.mean(0)
+    widening = np.sqrt(len(every) / (len(every) - 1)) if len(every) > 1 else 1.0
+    found: dict[str, Band] = {}
+    for arm, of_seeds in curves.items():
+        mean, low, high = interval((of_seeds if arm in collapsed else of_seeds + shift).T)
+        wider = 1.0 if arm in collapsed else widening
+        found[arm] = mean, mean - wider * (mean - low), mean + wider * (high - mean)
     return found
 
 
@@ -107,12 +115,12 @@ def complete_rows(runs: Runs, planned: Iterable[Key]) -> list[Row]:
 
 
 def digest(rows: Sequence[Row]) -> str:
-    """Return a digest of the titles and of all curves, by which a test knows a picture of other runs."""
+    """Return a digest of the titles and of all bands, by which a test knows a picture of other runs."""
     shown = [
-        (r.title, column, arm, c.round(6).tolist())
+        (r.title, column, arm, np.stack(band).round(6).tolist())
         for r in rows
         for column in COLUMNS
-        for arm, c in r.curves(column).items()
+        for arm, band in r.bands(column).items()
     ]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
@@ -126,7 +134,7 @@ def draw(runs: Runs, path: Path, planned: Iterable[Key]) -> bool:
     figure, axes = plt.subplots(len(rows), 3, figsize=(13, 2.9 * len(rows)), layout="constrained", squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         for axis, column in zip(line, COLUMNS, strict=True):
-            panel(axis, row.curves(column), row.of_arm)
+            panel(axis, row, column)
         line[0].set_ylabel(row.title, fontsize=9)
     for axis, column in zip(axes[0], COLUMNS, strict=True):
         axis.set_title(column, fontsize=10)
@@ -140,9 +148,9 @@ def draw(runs: Runs, path: Path, planned: Iterable[Key]) -> bool:
     return True
 
 
-def panel(axis: Axes, curves: Mapping[str, Numbers], of_arm: Mapping[str, Mapping[int, Metrics]]) -> None:
-    steps = next(iter(next(iter(of_arm.values())).values())).steps
-    for arm, (mean, low, high) in bands(curves).items():
+def panel(axis: Axes, row: Row, column: str) -> None:
+    steps = next(iter(next(iter(row.of_arm.values())).values())).steps
+    for arm, (mean, low, high) in row.bands(column).items():
         x = (np.arange(len(mean)) + 0.5) / len(mean) * steps
         axis.plot(x, mean, color=COLOURS[arm], lw=1.6, label=NAMES[arm])
         axis.fill_between(x, low, high, color=COLOURS[arm], alpha=0.15, lw=0)

@@ -31,8 +31,8 @@ class TokenBatch:
             learning. With `anchor="rollout"` they are only reported.
         ref_logprobs: log-probs by the reference policy; `kl_coef` needs them.
         rollout_logprobs: log-probs by the sampling engine; `anchor="rollout"` needs them. Their mismatch with
-            `old_logprobs` is reported, and corrected as the `rollout_*` settings define. One that is not finite is missing
-            and counts as 1e6: with `anchor="rollout"` the token has no policy gradient, otherwise a rho of 0.
+            `old_logprobs` is reported, and corrected as the `rollout_*` settings define. One that is not finite counts
+            as 1e6: with `anchor="rollout"` the token has no policy gradient, otherwise a rho of 0.
         sequence_ids: non-negative integers, equal within a response; by default each row is one response.
         positions: [n] int64, ascending indices of the unmasked tokens in the flattened batch. With them the loss never
             waits for a GPU. They are not checked against `loss_mask`, and targets are not checked to be token ids.

@@ -27,6 +27,19 @@ def test_bands_exclude_what_runs_of_a_seed_share() -> None:
         assert upper - mean == pytest.approx(mean - lower)
 
 
+def test_an_arm_whose_runs_collapse_widens_no_other_band() -> None:
+    """Seeds collapse at different steps."""
+    rng = np.random.default_rng(1)
+    arms = {name: 0.5 + rng.normal(0, 0.01, (8, 5)) for name in ("a", "b", "c")}
+    falls = np.where(np.arange(5) < np.arange(8)[:, None] - 1, 0.5, 0.0)
+    found = bands({**arms, "inert": falls}, ["inert"])
+    for name, band in bands(arms).items():
+        for with_it, without in zip(found[name], band, strict=True):
+            assert with_it == pytest.approx(without)
+    for edge, plain in zip(found["inert"], interval(falls.T), strict=True):
+        assert edge == pytest.approx(plain)
+
+
 def test_figure_shows_rows_only_with_all_planned_runs(tmp_path: Path) -> None:
     names = ("reward/mean", "loss/entropy", "rollout/repeats", "rollout/retries")
     columns = {name: np.linspace(0.1, 0.5, 60) for name in names}

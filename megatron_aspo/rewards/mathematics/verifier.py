@@ -101,7 +101,8 @@ class MathVerifier(JudgePool):
         # With the same hash seed everywhere sets have the same order; sympy's steps follow it. `-P` leaves out the
         # working folder, where `python -m` has found this package if it is not installed.
         environment = {**os.environ, "PYTHONHASHSEED": "0"}
-        if _PACKAGE.parent.name not in ("site-packages", "dist-packages"):  # packages must not hide Python's own modules
+        if _PACKAGE.parent.name not in ("site-packages", "dist-packages"):
+            # A folder of packages in front would hide modules of Python's own.
             inherited = filter(None, [os.environ.get("PYTHONPATH")])
             environment["PYTHONPATH"] = os.pathsep.join([str(_PACKAGE.parent), *inherited])
         process: Any = self.start(self._command, env=environment)
