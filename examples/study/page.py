@@ -52,6 +52,12 @@ def title(claim: Claim) -> str:
     return f"{claim.id}. {claim.text}"
 
 
+def contrast(claim: Claim) -> str:
+    """Return the arms with their factors, such as "0.5 aspo - 0.5 up"."""
+    terms = (f"{'+' if f > 0 else '-'} {'' if abs(f) == 1 else f'{abs(f):g} '}{arm}" for arm, f in claim.arms.items())
+    return " ".join(terms).removeprefix("+ ")
+
+
 def verdicts_table(judged: Sequence[Judged]) -> str:
     """Return the table of the headline claims: a row per claim and staleness, a column per learning rate."""
     shown = [j for j in judged if j.test.claim.headline]
@@ -183,13 +189,28 @@ def rates_text(judged: Judged) -> str:
 
 def tests_table(judged: Sequence[Judged]) -> str:
     """Return the table of all tests with every statistic."""
-    head = ["claim", "lr", "k", "metric", "mean [95 %]", "margin", "p", "Holm", "TOST", "sign", "seeds", "verdict"]
+    head = [
+        "claim",
+        "contrast",
+        "lr",
+        "k",
+        "metric",
+        "mean [95 %]",
+        "margin",
+        "p",
+        "Holm",
+        "TOST",
+        "sign",
+        "seeds",
+        "verdict",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for j in judged:
         claim, done = j.test.claim, j.complete
         holm = j.adjusted[0] if j.adjusted else None
         cells = [
             title(claim),
+            contrast(claim),
             rates_text(j),
             ", ".join(map(str, j.test.ks)),
             claim.metric,

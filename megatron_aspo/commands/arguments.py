@@ -115,6 +115,10 @@ def parse_run_config(arguments: argparse.Namespace) -> RunConfig:
     overrides = list(arguments.overrides)
     if getattr(arguments, "resume", None) is not None:
         overrides.append(f"checkpoint.resume={arguments.resume}")
+    elif arguments.command in ("eval", "export", "check-rollout"):
+        for word in overrides:
+            if word.startswith("checkpoint.resume="):
+                raise UserError(f"{word} is for training; choose the checkpoint by --checkpoint")
     config = load_config(arguments.config, overrides)
     return config if arguments.command == "train" else colocated(config)
 

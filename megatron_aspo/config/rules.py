@@ -16,7 +16,9 @@ def require(condition: bool, message: str) -> None:
 
 def near(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return "; did you mean ...?" with the most similar of `known`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, list(known), n=3)
+    # Of equally similar names (apso: sapo, aspo) the first letter decides.
+    close.sort(key=lambda word: (-difflib.SequenceMatcher(None, word, name).ratio(), word[:1] != name[:1]))
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 

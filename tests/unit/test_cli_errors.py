@@ -53,6 +53,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     [
         ("rollout.tempreture=1", "did you mean rollout.temperature?"),
         ("optimiser.lr=1", "did you mean optimizer?"),
+        ("loss.objective=apso", "did you mean aspo?"),
         ("lr=1", "known here: name, output_dir, seed, model"),
         ("model.rms=1", "known here: hf_path, num_layers"),
         ("data.sources=[{task: a, wait: 1}]", "did you mean data.sources.0.weight?"),
@@ -65,6 +66,13 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 )
 def test_spelling(capsys: pytest.CaptureFixture[str], override: str, hint: str) -> None:
     assert hint in complaint(capsys, "train", "run.yaml", override)
+
+
+@pytest.mark.parametrize("command", ["eval", "export", "check-rollout"])
+def test_only_training_resumes(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    folder = ["exported"] if command == "export" else []
+    message = complaint(capsys, command, "run.yaml", *folder, "checkpoint.resume=runs/other/checkpoints/step_000005")
+    assert message.endswith("is for training; choose the checkpoint by --checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def shape(name: str) -> Any:
     [  # in billions, from the model cards
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1.78, None),
         ("Qwen/Qwen2.5-32B-Instruct", 32.76, None),
+        ("Qwen/Qwen3-8B", 8.19, None),
         ("Qwen/Qwen3-32B", 32.76, None),
         ("Qwen/Qwen2.5-72B-Instruct", 72.71, None),
         ("meta-llama/Llama-3.3-70B-Instruct", 70.55, None),

@@ -6,6 +6,7 @@ A problem keeps runs from working (exit code 1); a warning may. Absent optional 
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import requires
 
@@ -45,6 +46,7 @@ def problems() -> list[str]:
 def main() -> int:
     """Print all findings. Returns 1 if there is a problem among them, 0 otherwise."""
     healthy = True
+    print("megatron-aspo: importing every package, each in a process of its own: up to a minute", file=sys.stderr)
     for finding in examine():
         healthy = healthy and finding.status != "problem"
         fix = f" -> {finding.fix}" if finding.fix else ""

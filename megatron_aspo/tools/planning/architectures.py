@@ -131,7 +131,7 @@ def find_hf_config(path: str) -> dict[str, Any]:
                 return text_settings(PUBLIC[path])
             raise UserError(
                 f"model.hf_path={path} has no config.json here, and its shape is unknown (known: "
-                f"{', '.join(PUBLIC)}); give a folder that has one"
+                f"{', '.join(PUBLIC)}); give a folder that has one, or run: hf download {path} config.json"
             )
         file = Path(cached)
     try:
