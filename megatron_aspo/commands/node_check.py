@@ -200,7 +200,7 @@ def blame(names: list[str], reports: list[list[str]]) -> dict[str, str]:
 def find_bad_nodes(meeting: Meeting, names: list[str], folder: Path) -> dict[str, str]:
     """Return the names of bad nodes, with reasons. Collective."""
     write_canary(meeting, folder)
-    longer = NODE_CHECK_LIMIT if "NODE_CHECK" in os.environ else timedelta(0)
+    longer = NODE_CHECK_LIMIT if os.environ.get("NODE_CHECK") else timedelta(0)
     bad = reasons(names, meeting.gather("own", own_problems() + folder_problems(meeting, folder), longer))
     if bad or meeting.nodes == 1:
         return bad
